@@ -1,0 +1,176 @@
+"""DeepLIFT's rescale rule for all layers in one backward pass (Shrikumar et al. 2017, arXiv 1704.02685).
+
+The batch carries the reference input as its last row. Every nonlinear operation of the traced network is replaced by
+one with two ways back: its derivative, and the multiplier (f(x) - f(x0)) / (x - x0). So one forward pass serves both
+Taylor and DeepLIFT, for every layer at once, wherever a nonlinearity is called from.
+
+Max pooling passes the whole difference to the winner of the side that is larger, products share it evenly: both keep
+the sum of contributions at f(x) - f(x0). What mixes otherwise (softmax, LayerNorm, attention) goes by its derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from nss import operations as ops
+from nss.functional import shell
+
+
+@dataclass
+class Way:
+    """Which way back the nonlinear operations of one graph take, and how many rows a batch has."""
+
+    rescale: bool = False
+    rows: int = 1
+
+
+def rescaling(graph: fx.GraphModule, way: Way) -> fx.GraphModule:
+    """Return a graph with equal outputs whose nonlinear operations follow `way` when differentiated.
+
+    graph: free of in-place operations. The last of `way.rows` rows of a batch is the reference.
+
+    >>> way = Way()
+    >>> lifted = rescaling(without_inplace(trace(network)), way)
+    """
+    twin, root = fx.Graph(), shell(graph)
+    places: dict[fx.Node, fx.Node] = {}
+    for node in graph.graph.nodes:
+        places[node] = twin.node_copy(node, lambda old: places[old])
+        step = _step(node, graph, way)
+        if step is not None:
+            name = f"rescaled_{node.name}"
+            root._modules[name] = step
+            with twin.inserting_after(places[node]):
+                replaced = twin.call_module(name, tuple(places[arg] for arg in _operands(node)))
+            twin.erase_node(places[node])
+            places[node] = replaced
+    return fx.GraphModule(root, twin)
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    return [arg for arg in node.args if isinstance(arg, fx.Node)] or list(node.all_input_nodes[:1])
+
+
+def _step(node: fx.Node, graph: fx.GraphModule, way: Way) -> nn.Module | None:
+    if node.op not in ("call_module", "call_function", "call_method"):
+        return None
+    if ops.is_activation(node, graph):
+        return _Elementwise(ops.bound(node, graph), way)
+    if ops.is_max_pool(node, graph):
+        return _MaxPool(ops.bound(node, graph, return_indices=True), way)
+    both = [arg for arg in node.args if isinstance(arg, fx.Node)]
+    if ops.name_of(node) in ("mul", "mul_", "imul") and len(both) == 2 and all(arg.op != "get_attr" for arg in both):
+        return _Product(way)
+    return None
+
+
+class _Elementwise(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor], way: Way) -> None:
+        super().__init__()
+        self._function, self._way = function, way
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = _ElementwiseFunction.apply(x, self._function, self._way)
+        return result
+
+
+class _ElementwiseFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], way: Way) -> Tensor:
+        y = function(x)
+        ctx.save_for_backward(x, y)
+        ctx.function, ctx.way = function, way
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        x, y = ctx.saved_tensors
+        if not ctx.way.rescale:
+            return _derivative(ctx.function, x, gradient), None, None
+        dx, dy = _difference(x, ctx.way.rows), _difference(y, ctx.way.rows)
+        # Relative to the value, a smaller change is mostly rounding: the derivative is what the quotient tends to.
+        close = dx.abs() <= torch.finfo(x.dtype).eps ** 0.5 * x.abs()
+        multiplied = gradient * dy / dx
+        if bool(close.any()):
+            multiplied = torch.where(close, _derivative(ctx.function, x, gradient), multiplied)
+        return multiplied, None, None
+
+
+def _derivative(function: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> Tensor:
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        result: Tensor = torch.autograd.grad(function(leaf), leaf, gradient)[0]
+    return result
+
+
+def _difference(x: Tensor, rows: int) -> Tensor:
+    """Subtract the reference. Networks that fold positions into the batch axis have several entries for each row."""
+    per_row = x.unflatten(0, (rows, -1))
+    difference: Tensor = (per_row - per_row[-1:]).flatten(0, 1)
+    return difference
+
+
+class _MaxPool(nn.Module):
+    def __init__(self, function: Callable[[Tensor], tuple[Tensor, Tensor]], way: Way) -> None:
+        super().__init__()
+        self._function, self._way = function, way
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = _MaxPoolFunction.apply(x, self._function, self._way)
+        return result
+
+
+class _MaxPoolFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], tuple[Tensor, Tensor]], way: Way) -> Tensor:
+        y, winners = function(x)
+        ctx.save_for_backward(x, y, winners)
+        ctx.way = way
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        x, y, winners = ctx.saved_tensors
+        if ctx.way.rescale:
+            dy = _difference(y, ctx.way.rows)
+            # The larger side's winner has moved by at least dy in dy's direction: the quotient is within 0..1.
+            winners = torch.where(dy >= 0, winners, winners[-1:])
+            dx = _difference(x, ctx.way.rows).flatten(2).gather(2, winners.flatten(2)).view_as(dy)
+            gradient = gradient * torch.where(dx == 0, 1.0, dy / dx)
+        spread = torch.zeros_like(x, memory_format=torch.contiguous_format).flatten(2)
+        spread.scatter_add_(2, winners.flatten(2), gradient.flatten(2))
+        return spread.view(x.shape), None, None
+
+
+class _Product(nn.Module):
+    def __init__(self, way: Way) -> None:
+        super().__init__()
+        self._way = way
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        result: Tensor = _ProductFunction.apply(left, right, self._way)
+        return result
+
+
+class _ProductFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor, way: Way) -> Tensor:
+        ctx.save_for_backward(left, right)
+        ctx.way = way
+        return left * right
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        left, right = ctx.saved_tensors
+        to_left, to_right = (right, left) if not ctx.way.rescale else (_middle(right, ctx.way), _middle(left, ctx.way))
+        return (gradient * to_left).sum_to_size(left.shape), (gradient * to_right).sum_to_size(right.shape), None
+
+
+def _middle(x: Tensor, way: Way) -> Tensor:
+    """Mean of value and reference: xy - x0 y0 = (x - x0)(y + y0)/2 + (y - y0)(x + x0)/2."""
+    return x - _difference(x, way.rows) / 2

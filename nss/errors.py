@@ -1,0 +1,71 @@
+"""Errors that a user can cause, each saying what was wrong, where, what is allowed and how to mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class NssError(Exception):
+    """Base of every error a user can cause.
+
+    Parameters
+    ----------
+    what: what was wrong, one sentence.
+    where: the file, key, layer or argument it was found in.
+    allowed: what would have been accepted.
+    fix: what to do about it.
+
+    >>> print(NssError("the threshold is 1.5", where="slice.threshold", allowed="0 to 1"))
+    the threshold is 1.5
+      where: slice.threshold
+      allowed: 0 to 1
+    """
+
+    def __init__(self, what: str, *, where: str = "", allowed: str = "", fix: str = "") -> None:
+        self.what, self.where, self.allowed, self.fix = what, where, allowed, fix
+        rows = [("where", where), ("allowed", allowed), ("fix", fix)]
+        super().__init__("\n".join([what, *(f"  {name}: {text}" for name, text in rows if text)]))
+
+
+class ProblemsError(NssError):
+    """Several problems of one source, listed together so that they can be mended in one go."""
+
+    def __init__(
+        self, what: str, problems: Sequence[str] = (), *, where: str = "", allowed: str = "", fix: str = ""
+    ) -> None:
+        self.problems = tuple(problems)
+        super().__init__(
+            "\n".join([what, *(f"  - {problem}" for problem in problems)]), where=where, allowed=allowed, fix=fix
+        )
+
+
+class DataError(ProblemsError):
+    """A data source or a data folder is not what it should be. Nothing was changed."""
+
+
+class ParamsError(ProblemsError):
+    """params.yaml holds a wrong key, type or value."""
+
+
+class ModelError(NssError):
+    """A model folder or a factory cannot be used."""
+
+
+class SiteError(NssError):
+    """The neurons of a model cannot be found, or a layer or neuron that was named does not exist."""
+
+
+class ProfileError(NssError):
+    """A profile cannot be gathered, merged or read."""
+
+
+class SliceError(NssError):
+    """Critical neurons or semantic slices cannot be computed from what was given."""
+
+
+class StageError(NssError):
+    """A pipeline stage failed or cannot run."""
+
+
+class BusyError(NssError):
+    """Somebody else holds the repository."""

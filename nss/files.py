@@ -1,0 +1,101 @@
+"""Reading and writing that loses nothing: a temporary name first, then a rename; and hashes of what is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from nss.errors import NssError
+
+# safetensors keeps its metadata in an unordered map: with one key only, the bytes stay the same from run to run.
+_META = "nss"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, and rename it to `path` when the block ends without an exception.
+
+    A file or a folder may be written. What was at `path` before stays until then.
+
+    >>> with replacing(Path("a.txt")) as part:
+    ...     _ = part.write_text("whole or not at all")
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        part = holder / path.name
+        yield part
+        if part.is_dir() and path.exists():
+            os.rename(path, holder / "before")
+        try:
+            os.replace(part, path)
+        except BaseException:
+            if (holder / "before").exists():
+                os.rename(holder / "before", path)
+            raise
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON, keys in the order given, in one rename."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, error: type[NssError] = NssError) -> Any:
+    """Read JSON; a missing or damaged file raises `error` naming it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _unreadable(error, "the file is missing", path) from None
+    except OSError as problem:
+        raise _unreadable(error, f"the file cannot be read ({problem.strerror})", path) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
+        raise _unreadable(error, f"the file is not JSON ({problem})", path) from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Any) -> None:
+    """Write tensors and JSON-able `meta` as one safetensors file: the same input gives the same bytes."""
+    with replacing(path) as part:
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(plain, part, metadata={_META: json.dumps(meta)})
+
+
+def read_tensors(path: Path, error: type[NssError] = NssError) -> tuple[dict[str, torch.Tensor], Any]:
+    """Read what `write_tensors` wrote, memory-mapped; a missing or damaged file raises `error` naming it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {}).get(_META, "null"))
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, meta
+    except FileNotFoundError:
+        raise _unreadable(error, "the file is missing", path) from None
+    except (SafetensorError, OSError, ValueError) as problem:
+        raise _unreadable(error, f"the file is not a whole safetensors file ({problem})", path) from None
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2b digest of a file, 32 hexadecimal characters."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def text_digest(text: str) -> str:
+    """BLAKE2b digest of a text, 32 hexadecimal characters."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _unreadable(error: type[NssError], what: str, path: Path) -> NssError:
+    return error(what, where=str(path), fix="restore it (dvc checkout) or make it again")

@@ -1,0 +1,179 @@
+"""One pass over samples: a tapped copy of the network whose activations and gradients are added up (method.md 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from nss.anatomy import Producer
+from nss.deeplift import Way, rescaling
+from nss.errors import ProfileError
+from nss.functional import without_inplace
+from nss.sites import Site, Sites
+from nss.taps import Tap, with_modules
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer with weights and the channels that enter it, for the Gram matrix of its input."""
+
+    name: str
+    node: fx.Node
+    channels: int
+    dim: int
+    ids: torch.Tensor
+    """names of the channels in the anatomy, int64 [channels]"""
+
+
+class Gatherer:
+    """Adds up what each neuron contributes to each category.
+
+    `sums` {sum: {layer: float64 [classes, neurons]}}, `grams` {reader: float64 [channels, channels]}, `positions`
+    {reader: number of positions that were added up}, `counts` int64 [classes], `reads` {site: (reader, places)}.
+    """
+
+    def __init__(self, sites: Sites, sums: Sequence[str], classes: int, *, gram: bool) -> None:
+        graph = without_inplace(sites.anatomy.graph)
+        by_name = {node.name: node for node in graph.graph.nodes}
+        self._way = Way()
+        self._sites, self._readers = list(sites), list(readers(sites)) if gram else []
+        self.counts = torch.zeros(classes, dtype=torch.int64)
+        self.sums = {
+            name: {site.name: torch.zeros(classes, len(site), dtype=torch.float64) for site in sites} for name in sums
+        }
+        self.grams = {
+            each.name: torch.zeros(each.channels, each.channels, dtype=torch.float64) for each in self._readers
+        }
+        self.positions = dict.fromkeys(self.grams, 0)
+        self.reads = _reads(sites, self._readers)
+        self._seen: dict[str, Tensor] = {}
+        nodes = dict.fromkeys([site.node.name for site in self._sites] + [each.node.name for each in self._readers])
+        tapped = with_modules(graph, {by_name[name]: Tap(self._keeper(name)) for name in nodes}, "tap")
+        self._graph = rescaling(tapped, self._way) if "deeplift" in sums else tapped
+
+    def _keeper(self, name: str) -> Callable[[Tensor], Tensor]:
+        def see(x: Tensor) -> Tensor:
+            self._seen[name] = x
+            return x
+
+        return see
+
+    def see(self, inputs: Tensor, labels: Tensor, reference: Tensor, size: int) -> None:
+        """Add one batch. inputs: what the network reads [n, c, h, w]; labels: int64 [n]; reference: [1, c, h, w].
+
+        A batch is filled up to `size` rows with the reference: kernels are chosen by shape, and with one shape an
+        image's numbers are the same in whatever batch it comes. DeepLIFT needs the reference as the last row anyway.
+        """
+        lifted = "deeplift" in self.sums
+        rows = torch.cat([inputs, reference.expand(size + 1 - len(inputs), *reference.shape[1:])])
+        self._way.rows, self._way.rescale = len(rows), False
+        with torch.enable_grad():
+            logits = self._graph(rows.requires_grad_())[: len(labels)]
+            if logits.shape[1] < len(self.counts):
+                raise ProfileError(f"{len(self.counts)} classes, but the model has {logits.shape[1]} logits")
+            chosen = labels.to(logits.device)[:, None]
+            log_probability = F.log_softmax(logits, 1).gather(1, chosen).sum()
+            logit = logits.gather(1, chosen).sum()
+        activations = [self._seen[site.node.name] for site in self._sites]
+        if "taylor" in self.sums:
+            self._contribute("taylor", activations, log_probability, labels, keep_graph=lifted)
+        if lifted:
+            self._way.rescale = True
+            self._contribute("deeplift", activations, logit, labels, keep_graph=False)
+        self._add_levels(activations, labels)
+        self._add_grams(len(labels))
+        self.counts += torch.bincount(labels, minlength=len(self.counts))
+        self._seen.clear()
+
+    def _contribute(
+        self, name: str, activations: list[Tensor], target: Tensor, labels: Tensor, *, keep_graph: bool
+    ) -> None:
+        """Add |sum over the map of (a - a0) * multiplier|; for Taylor a0 is zero and the multiplier the gradient."""
+        multipliers = torch.autograd.grad(target, activations, allow_unused=True, retain_graph=keep_graph)
+        for site, activation, multiplier in zip(self._sites, activations, multipliers, strict=True):
+            if multiplier is None:
+                continue
+            change = activation.detach()
+            if name == "deeplift":
+                change = change - change[-1:]
+            product = _over_map((change * multiplier)[: len(labels)], site, torch.sum)
+            self._add(name, site, product.abs(), labels)
+
+    def _add_levels(self, activations: list[Tensor], labels: Tensor) -> None:
+        if not {"abs", "mean", "square"} & self.sums.keys():
+            return
+        for site, activation in zip(self._sites, activations, strict=True):
+            mean = _over_map(activation.detach()[: len(labels)], site, torch.mean)
+            for name, values in (("abs", mean.abs()), ("mean", mean), ("square", mean.square())):
+                self._add(name, site, values, labels)
+
+    def _add(self, name: str, site: Site, values: Tensor, labels: Tensor) -> None:
+        if name in self.sums:
+            self.sums[name][site.name].index_add_(0, labels, values)
+
+    def _add_grams(self, count: int) -> None:
+        for reader in self._readers:
+            x = self._seen[reader.node.name].detach()[:count]
+            rows = _channel_rows(x, reader)
+            self.grams[reader.name] += (rows @ rows.T).cpu()
+            self.positions[reader.name] += rows.shape[1]
+
+
+def _over_map(x: Tensor, site: Site, reduce: Callable[..., Tensor]) -> Tensor:
+    places = [axis for axis in range(1, x.dim()) if axis != site.dim]
+    return (reduce(x, places) if places else x).cpu().double()
+
+
+def _channel_rows(x: Tensor, reader: Reader) -> Tensor:
+    """Channels that enter a reader, over samples and positions. Returns float64 [channels, positions]."""
+    if reader.dim == 1:
+        x = x.flatten(2) if x.dim() > 2 else x.unflatten(1, (reader.channels, -1))
+        return x.double().transpose(0, 1).flatten(1)
+    return x.double().flatten(0, -2).T
+
+
+def readers(sites: Sites) -> Iterator[Reader]:
+    """Yield every layer that mixes the channels of some site, with the node that feeds it; depthwise ones do not."""
+    own = torch.zeros(len(sites.anatomy.classes), dtype=torch.bool)
+    for site in sites:
+        own[site.ids] = True
+    calls: dict[str, int] = {}
+    for producer in sites.anatomy.producers:
+        calls[producer.module] = calls.get(producer.module, 0) + 1
+        name = producer.module if calls[producer.module] == 1 else f"{producer.module}#{calls[producer.module]}"
+        ids = producer.in_ids
+        if bool((ids >= 0).any()) and bool(own[ids.clamp_min(0)].any()) and not _depthwise(producer, sites):
+            yield _reader(name, producer)
+
+
+def _depthwise(producer: Producer, sites: Sites) -> bool:
+    layer = sites.anatomy.graph.get_submodule(producer.module)
+    return 1 < int(getattr(layer, "groups", 1)) == len(producer.in_ids)
+
+
+def _reader(name: str, producer: Producer) -> Reader:
+    """A linear layer behind a flattened map reads each channel at several positions: one channel all the same."""
+    ids = producer.in_ids
+    source = producer.node.all_input_nodes[0]
+    repeats = int((ids == ids[0]).sum()) if producer.dim == 1 else 1
+    channels = len(ids) // repeats
+    regular = repeats > 1 and bool((ids.view(channels, repeats) == ids.view(channels, repeats)[:, :1]).all())
+    ids = ids.view(channels, repeats)[:, 0] if regular else ids
+    return Reader(name, source, len(ids), producer.dim, ids)
+
+
+def _reads(sites: Sites, readers: Sequence[Reader]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """For each site, the first reader that all its neurons (or those they are coupled with) enter, and where."""
+    roots = sites.anatomy.classes.roots()
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for reader in readers:
+        place = {int(roots[channel]): index for index, channel in enumerate(reader.ids.tolist()) if channel >= 0}
+        for site in sites:
+            own = roots[site.ids].tolist()
+            if site.name not in found and all(root in place for root in own):
+                found[site.name] = (reader.name, tuple(place[root] for root in own))
+    return found

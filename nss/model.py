@@ -1,0 +1,333 @@
+"""Models that carry what they need: classes, input shape, normalisation; and the folder they are kept in.
+
+A folder holds `model.safetensors` (weights and buffers) and `model.json` (how to build the module). Loading imports a
+factory that is on the list of allowed packages and copies numbers into what it builds: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nss.errors import ModelError
+from nss.files import file_digest, read_json, read_tensors, replacing, write_json, write_tensors
+from nss.mask import ChannelMask
+from nss.surgery import shrink
+
+FORMAT = 1
+TRUSTED = ("nss.zoo", "torchvision.models")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How to build a model again, and what it takes and answers."""
+
+    factory: str
+    """package.module:callable"""
+    classes: tuple[str, ...]
+    """in the order of the logits"""
+    input_shape: tuple[int, int, int]
+    """channels, height, width"""
+    mean: tuple[float, ...]
+    """of each channel, on pixels scaled to 0..1"""
+    std: tuple[float, ...]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """{layer: original indices of the output channels that are left}; layers that lost nothing are absent"""
+    parent: str | None = None
+    """digest of the model this one was made from"""
+
+
+class Normalise(nn.Module):
+    """Pixels to normalised floats. Takes uint8 0..255 or floats 0..1, [n, c, h, w]."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images: [n, c, h, w]. Returns floats of the same shape."""
+        if images.dtype == torch.uint8:
+            images = images.to(self.mean.dtype) / 255
+        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+
+class Classifier(nn.Module):
+    """A network with its normalisation inside. Layer names are those of `network`, the user's own module.
+
+    >>> model = build_model("nss.zoo:lenet", classes=["a", "b"], input_shape=(1, 28, 28), seed=0)
+    >>> model(torch.zeros(1, 1, 28, 28, dtype=torch.uint8)).shape
+    torch.Size([1, 2])
+    """
+
+    def __init__(self, network: nn.Module, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.normalise = Normalise(spec.mean, spec.std)
+        # Convolutions on CPUs are faster with channels last; the layout also decides the last bits of every sum, so
+        # a model has the same one whether it was built, cut or loaded.
+        self.network = network.to(memory_format=torch.channels_last)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images: uint8 0..255 or floats 0..1, [n, c, h, w]. Returns logits [n, classes]."""
+        logits: torch.Tensor = self.network(self.normalise(images))
+        return logits
+
+
+def build_model(
+    factory: str,
+    classes: Sequence[str],
+    input_shape: Sequence[int],
+    seed: int,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    allow: Sequence[str] = (),
+) -> Classifier:
+    """Build an untrained model; the same seed gives the same weights.
+
+    factory: "package.module:callable", called with num_classes and, where its signature has it, input_shape.
+    input_shape: (channels, height, width). mean, std: of each channel on 0..1 (default 0.5 and 0.5).
+    allow: packages whose factories may be imported beside nss.zoo and torchvision.models.
+    Raises ModelError for a factory that is not allowed, does not exist, or does not take its arguments.
+
+    >>> model = build_model("nss.zoo:resnet20", classes=["cat", "dog"], input_shape=(3, 32, 32), seed=0)
+    >>> model.spec.classes
+    ('cat', 'dog')
+    """
+    channels, height, width = (int(size) for size in input_shape)
+    if len(classes) < 2 or len(set(classes)) != len(classes):
+        raise ModelError(f"the classes are {list(classes)}", allowed="at least two different names")
+    if any(given and len(given) != channels for given in (mean, std)) or (std and min(std) <= 0):
+        raise ModelError(
+            f"mean {list(mean or [])} and std {list(std or [])}", allowed=f"{channels} numbers each, std above 0"
+        )
+    spec = ModelSpec(
+        factory=factory,
+        classes=tuple(classes),
+        input_shape=(channels, height, width),
+        mean=tuple(mean or [0.5] * channels),
+        std=tuple(std or [0.5] * channels),
+        arguments=dict(arguments or {}),
+    )
+    return Classifier(_build_network(spec, seed, allow), spec)
+
+
+def _build_network(spec: ModelSpec, seed: int, allow: Sequence[str]) -> nn.Module:
+    call = find_factory(spec.factory, allow)
+    parameters = inspect.signature(call).parameters
+    named = {"num_classes": len(spec.classes), "input_shape": spec.input_shape}
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    given = {
+        name: value for name, value in named.items() if name in parameters or (takes_any and name == "num_classes")
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            network = call(**given, **spec.arguments)
+        except Exception as problem:
+            raise ModelError(
+                f"the factory failed: {problem}",
+                where=spec.factory,
+                allowed=f"arguments: {', '.join(parameters)}",
+                fix="correct `arguments`",
+            ) from problem
+    if not isinstance(network, nn.Module):
+        raise ModelError(
+            f"the factory returned {type(network).__name__}", where=spec.factory, allowed="a torch.nn.Module"
+        )
+    return network
+
+
+def find_factory(factory: str, allow: Sequence[str] = ()) -> Any:
+    """Import a factory by "package.module:callable" if its package is allowed; nothing else is ever imported."""
+    module, _, name = factory.partition(":")
+    trusted = (*TRUSTED, *allow)
+    if not any(module == package or module.startswith(package + ".") for package in trusted):
+        raise ModelError(
+            "the factory is not from an allowed package",
+            where=factory,
+            allowed=", ".join(trusted),
+            fix="if you trust it, add its package to base.packages in params.yaml (in code: allow=[...])",
+        )
+    try:
+        call = getattr(importlib.import_module(module), name)
+        inspect.signature(call)
+        return call
+    except (TypeError, ValueError):
+        raise ModelError("this is no factory", where=factory, allowed="a Python function or class") from None
+    except (ImportError, AttributeError) as problem:
+        raise ModelError(
+            f"the factory does not exist: {problem}", where=factory, allowed="package.module:callable"
+        ) from None
+
+
+def model_digest(model: nn.Module) -> str:
+    """Digest of names, shapes and bytes of all parameters and buffers, 32 hexadecimal characters."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_model(model: nn.Module, folder: str | Path) -> None:
+    """Write a model made by `build_model` (or sliced, restructured .. from one) as a folder, in one rename.
+
+    Raises ModelError for a module that does not say how it is built.
+    """
+    if not isinstance(model, Classifier):
+        raise ModelError(
+            f"{type(model).__name__} does not say how it is built",
+            allowed="models made by nss.build_model or nss.load_model",
+            fix='make a factory for it and call nss.build_model("package.module:callable", ...)',
+        )
+    if any(isinstance(module, ChannelMask) for module in model.modules()):
+        raise ModelError("a masked view cannot be kept", fix="save nss.remove(model, neurons) instead")
+    with replacing(Path(folder)) as part:
+        part.mkdir()
+        write_tensors(part / "model.safetensors", model.state_dict(), {"format": FORMAT})
+        weights = file_digest(part / "model.safetensors")
+        write_json(part / "model.json", {"format": FORMAT, **asdict(model.spec), "weights": weights})
+
+
+def load_model(folder: str | Path, allow: Sequence[str] = ()) -> Classifier:
+    """Load a model folder in evaluation mode: equal logits in any process, ready to train on.
+
+    allow: packages whose factories may be imported beside nss.zoo and torchvision.models.
+    Raises ModelError for a missing, damaged or changed file and for a factory that is not allowed.
+
+    >>> nss.save_model(model, "folder")
+    >>> again = nss.load_model("folder")
+    """
+    folder = Path(folder)
+    spec, weights = _read_spec(folder / "model.json")
+    tensors, _ = read_tensors(folder / "model.safetensors", ModelError)
+    if file_digest(folder / "model.safetensors") != weights:
+        raise ModelError("the weights are not those that model.json names", where=str(folder), fix="restore the folder")
+    network = _build_network(spec, 0, allow)
+    if spec.kept:
+        shrink(network, spec.input_shape, spec.kept)
+    model = Classifier(network, spec)
+    _fill(model, tensors, folder)
+    return model.eval()
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if own != stored:
+        differing = sorted(name for name in own.keys() | stored.keys() if own.get(name) != stored.get(name))
+        raise ModelError(
+            f"the weights do not fit the factory: {', '.join(differing[:5])}{' ..' if len(differing) > 5 else ''}",
+            where=str(folder),
+            fix="the factory has changed since the model was saved: restore it, or train again",
+        )
+    model.load_state_dict(dict(tensors))
+
+
+def _read_spec(path: Path) -> tuple[ModelSpec, str]:
+    content = read_json(path, ModelError)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ModelError(
+            "this is not a model.json of a format that is known", where=str(path), allowed=f'"format": {FORMAT}'
+        )
+    try:
+        spec = ModelSpec(
+            factory=str(content["factory"]),
+            classes=tuple(content["classes"]),
+            input_shape=tuple(content["input_shape"]),
+            mean=tuple(content["mean"]),
+            std=tuple(content["std"]),
+            arguments=dict(content["arguments"]),
+            kept={str(layer): tuple(int(index) for index in indices) for layer, indices in content["kept"].items()},
+            parent=content["parent"],
+        )
+        return spec, str(content["weights"])
+    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        raise ModelError(
+            f"model.json lacks or garbles {problem}", where=str(path), fix="restore it (dvc checkout)"
+        ) from None
+
+
+def network_of(model: nn.Module) -> nn.Module:
+    """Return the module whose layers have the names that profiles and slices use."""
+    return model.network if isinstance(model, Classifier) else model
+
+
+def with_network(model: nn.Module, network: nn.Module, **changes: Any) -> nn.Module:
+    """Return `network` dressed like `model`; `changes` go into its spec."""
+    if not isinstance(model, Classifier):
+        return network
+    twin = Classifier(network, replace(model.spec, **changes))
+    twin.normalise = model.normalise
+    twin.training = model.training
+    return twin
+
+
+def shape_of(model: nn.Module, input_shape: Sequence[int] | None) -> tuple[int, ...]:
+    """Return the image shape a model takes: its own, or the one that was given."""
+    if input_shape is not None:
+        return tuple(input_shape)
+    if isinstance(model, Classifier):
+        return model.spec.input_shape
+    raise ModelError(
+        f"{type(model).__name__} does not say which images it takes",
+        allowed="input_shape=(channels, height, width)",
+        fix="pass input_shape, or make the model with nss.build_model",
+    )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode, and every module back into its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter; without parameters, the CPU."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def on_device(model: nn.Module, device: str | torch.device | None) -> nn.Module:
+    """Return `model` where it is, or a copy of it on another device; "auto" is CUDA, then MPS, then the CPU.
+
+    Raises ModelError for a device that this machine does not have.
+    """
+    found = fastest_device() if device == "auto" else device_of(model) if device is None else torch.device(device)
+    if found.type == device_of(model).type:
+        return model
+    try:
+        return copy.deepcopy(model).to(found)
+    except (RuntimeError, AssertionError) as problem:
+        raise ModelError(
+            f"the model cannot go to {found}: {problem}", allowed=f"auto, cpu or {fastest_device()} on this machine"
+        ) from None
+
+
+def fastest_device() -> torch.device:
+    """Return CUDA or MPS where PyTorch can use it, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -1,0 +1,25 @@
+"""Running a model over held-out data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nss.data import Data, iter_batches
+from nss.errors import ModelError
+from nss.model import device_of, evaluating
+
+
+def predict(model: nn.Module, data: Data, batch_size: int = 500) -> tuple[Tensor, Tensor]:
+    """Run the model over the data in evaluation mode. Returns logits [n, classes] and labels int64 [n], on the CPU.
+
+    Raises ModelError when there are no images.
+    """
+    device = device_of(model)
+    rows = []
+    with evaluating(model), torch.inference_mode():
+        for images, labels in iter_batches(data, batch_size):
+            rows.append((model(images.to(device)).cpu(), labels.cpu().long()))
+    if not rows:
+        raise ModelError("there are no images to evaluate on", fix="use a split that has images")
+    return torch.cat([logits for logits, _ in rows]), torch.cat([labels for _, labels in rows])
