@@ -12,7 +12,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -260,19 +260,19 @@ class _Walker(fx.Interpreter):
 
     def _reduce(self, node: fx.Node, source: torch.Tensor) -> Any:
         args = [*node.args[1:]]
-        axes = args[0] if args else node.kwargs.get("dim")
+        axes = cast("list[int]", args[0] if args else node.kwargs.get("dim"))
         keep = bool(node.kwargs.get("keepdim", args[1] if len(args) > 1 else False))
         if axes is None:
             return self._opaque(node, source.new_zeros(()))
-        low, high = torch.amin(source, axes, keep), torch.amax(source, axes, keep)  # type: ignore[arg-type]
+        low, high = torch.amin(source, axes, keep), torch.amax(source, axes, keep)
         if not torch.equal(low, high):
             self._mark(self.anatomy.mixed, [source], f"{ops.name_of(node)} adds channels up")
             return torch.full_like(low, NONE)
         return low
 
     def _move(self, node: fx.Node, result: Any) -> Any:
-        if ops.name_of(node) == "getitem" and not isinstance(self.ids[node.args[0]], torch.Tensor):  # type: ignore[index]
-            holder = self.ids[node.args[0]]  # type: ignore[index]
+        holder = self.ids.get(node.all_input_nodes[0])
+        if ops.name_of(node) == "getitem" and not isinstance(holder, torch.Tensor):
             return operator.getitem(holder, node.args[1]) if holder is not None else None
         args = fx.map_arg(node.args, self._ids_or_value)
         kwargs = fx.map_arg(node.kwargs, self._ids_or_value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -142,7 +142,7 @@ def move_ids(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         # The names are an expanded tensor, which cannot be viewed, only reshaped.
         name = "reshape" if name_of(node) == "view" else name_of(node)
         return getattr(args[0], name)(*args[1:], **kwargs)
-    function: Callable[..., Any] = node.target  # type: ignore[assignment]
+    function = cast("Callable[..., Any]", node.target)
     return function(*args, **kwargs)
 
 
@@ -170,6 +170,6 @@ def bound(node: fx.Node, root: nn.Module, **changes: Any) -> Callable[[torch.Ten
         return twin
     if node.op == "call_method":
         return lambda x: getattr(x, name_of(node))(*node.args[1:], **node.kwargs)
-    function: Callable[..., Any] = node.target  # type: ignore[assignment]
+    function = cast("Callable[..., Any]", node.target)
     settings = {**{k: v for k, v in node.kwargs.items() if k != "input"}, **changes}
     return lambda x: function(x, *node.args[1:], **settings)
