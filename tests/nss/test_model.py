@@ -37,7 +37,7 @@ ZOO = ("lenet", "vgg_small", "resnet20", "mobilenet_small")
 SCRIPT = """
 import sys, torch
 from nss.model import load_model, model_digest
-images = torch.load(sys.argv[1])
+images = torch.load(sys.argv[1], weights_only=True)
 for folder in sys.argv[2:]:
     model = load_model(folder)
     assert not model.training
@@ -55,7 +55,7 @@ def test_every_zoo_model_is_bit_identical_in_a_new_process(networks: ModuleType,
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "images.pt"), *models]
     subprocess.run(command, check=True, capture_output=True)
     for folder, model in models.items():
-        found = torch.load(folder + ".pt")
+        found = torch.load(folder + ".pt", weights_only=True)
         with torch.no_grad():
             assert torch.equal(found["logits"], model(images)), folder
         assert found["digest"] == model_digest(model)

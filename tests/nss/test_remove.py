@@ -245,7 +245,7 @@ SCRIPT = """
 import json, sys
 import torch
 from nss.model import load_model
-images = torch.load(sys.argv[1])
+images = torch.load(sys.argv[1], weights_only=True)
 for folder in sys.argv[2:]:
     model = load_model(folder)
     with torch.no_grad():
@@ -278,7 +278,7 @@ def test_a_removed_model_gives_equal_logits_in_a_new_process_and_trains_there(
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "images.pt"), *folders]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
     for folder in folders:
-        assert torch.equal(torch.load(folder + ".logits"), logits[folder])
+        assert torch.equal(torch.load(folder + ".logits", weights_only=True), logits[folder])
     losses = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(losses) == 4
     assert all(after < before for before, after in losses)

@@ -1,0 +1,57 @@
+# From a bare clone: `make run`, `make test`. Needs Python 3.11 or newer, git and the package index, nothing else.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help run test soak lint clean
+
+BIN := .venv/bin
+# The environment of what we start; the shell looks programs up in it.
+ACTIVATE := PATH="$(CURDIR)/$(BIN):$$PATH"
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
+IS_FIT := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: .venv/.installed ## install, make the demo data if there is none, run the whole pipeline, say where to look
+	@$(ACTIVATE); test -e data/dataset.json || nss data demo
+	@$(ACTIVATE); nss run
+
+test: lint ## install, lint, run all tests but the soak tests; nss must be covered to 90 %
+	$(BIN)/pytest -m "not soak" --cov=nss --cov-report=term --cov-fail-under=90
+
+soak: .venv/.installed-dev ## run the repeated kills and long races
+	$(BIN)/pytest -m soak || test $$? -eq 5 # 5: there are none
+
+lint: .venv/.installed-dev ## check style, types and the direction of imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean: ## remove the environment and what tools left behind; data, results and runs stay
+	rm -rf .venv .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find nss tasks flows bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: installed again only when pyproject.toml has changed.
+.venv/.installed: pyproject.toml | $(BIN)/pip
+	@echo "Installing nss into .venv. The first time, this takes minutes and several GB (PyTorch)."
+	@$(PIP) --editable .
+	@touch $@
+
+.venv/.installed-dev: pyproject.toml | $(BIN)/pip
+	@echo "Installing nss and its development tools into .venv. The first time, this takes minutes and several GB."
+	@$(PIP) --editable '.[dev]'
+	@touch .venv/.installed $@
+
+# pip comes last into an environment: one that was interrupted before is completed.
+$(BIN)/pip:
+	@for python in $${PYTHON:-python3.11 python3.12 python3.13 python3.14 python3 python}; do \
+		if "$$python" -c '$(IS_FIT)' 2>/dev/null; then \
+			echo "Making .venv with $$("$$python" --version)."; \
+			exec "$$python" -m venv .venv; \
+		fi; \
+	done; \
+	echo "error: no Python 3.11 or newer that can make environments (looked for: $${PYTHON:-python3.11 to python3.14, python3, python})." >&2; \
+	echo "  fix: install one with its venv module (Debian: apt install python3-venv), or name one: make PYTHON=/path/to/python3.11 run" >&2; \
+	exit 1

@@ -1,0 +1,172 @@
+"""What one pass costs: all metrics and Gram matrices against a plain forward and backward, and against Captum."""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor, fx, nn
+
+from bench.common import Report, Row, Settings, dataset, show
+from nss import operations as ops
+from nss.anatomy import trace
+from nss.model import Classifier, build_model
+from nss.profile import METRICS, profile
+from nss.sites import find_sites
+
+BATCH = 128
+REPEATS = 5
+PLAIN = "plain forward + backward"
+FOUR = "avg, var, ens, taylor + Gram"
+FIVE = "the same + deeplift"
+CAPTUM = "Captum LayerDeepLift, layer by layer"
+PROTOCOL = {
+    "what": "seconds for the same images through each method, median of 5 after a warm-up, methods in turn",
+    "batch": BATCH,
+    "plain": "evaluation mode, cross-entropy, gradients of all parameters",
+    "captum": "torch.fx graph with a ReLU of its own for every call (Captum refuses reused ones); one layer a call",
+    "memory": "peak resident size of a fresh process at 1 and 8 times the images",
+}
+
+
+def run(settings: Settings) -> Report:
+    """Measure every model on every data set."""
+    report = Report(settings, {**PROTOCOL, "images": _count(settings)})
+    for name in settings.data:
+        for factory in settings.models:
+            report.rows += _measure(name, factory, settings)
+    report.summary = report.rows
+    show("cost of one pass", report.rows, ["data", "model", "method", "seconds", "ratio", "peak_mb", "memory_ratio"])
+    return report
+
+
+def _count(settings: Settings) -> int:
+    return BATCH if settings.quick else 4 * BATCH
+
+
+def prepare(name: str, factory: str, count: int) -> tuple[Classifier, Tensor, Tensor]:
+    """Return an untrained model and `count` images, in three channels where the factory needs them."""
+    data = dataset(name)
+    images, labels = data.images[:count], data.labels[:count]
+    if factory.startswith("torchvision") and images.shape[1] == 1:
+        images = images.expand(-1, 3, -1, -1).contiguous()
+    shape = tuple(images.shape[1:])
+    return build_model(factory, data.classes, shape, seed=0).eval(), images, labels
+
+
+def _measure(name: str, factory: str, settings: Settings) -> list[Row]:
+    model, images, labels = prepare(name, factory, _count(settings))
+    methods: dict[str, Callable[[], object]] = {
+        PLAIN: lambda: _plain(model, images, labels),
+        FOUR: lambda: profile(model, (images, labels), METRICS[:4], batch_size=BATCH),
+        FIVE: lambda: profile(model, (images, labels), METRICS, batch_size=BATCH),
+        CAPTUM: _captum(model, images, labels),
+    }
+    times = _in_turn(methods, 2 if settings.quick else REPEATS)
+    memory = _memory(name, factory, _count(settings))
+    plain = statistics.median(times[PLAIN])
+    rows = []
+    for method, seconds in times.items():
+        middle = statistics.median(seconds)
+        row: Row = {"data": name, "model": factory, "method": method, "seconds": middle, "all_seconds": seconds}
+        rows.append({**row, "ratio": middle / plain})
+    once, eight = memory
+    return [
+        *rows,
+        {
+            "data": name,
+            "model": factory,
+            "method": "memory at 8x images",
+            "peak_mb": eight,
+            "memory_ratio": eight / once,
+        },
+    ]
+
+
+def _in_turn(methods: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {method: [] for method in methods}
+    for turn in range(repeats + 1):
+        for method, call in methods.items():
+            start = time.perf_counter()
+            call()
+            if turn:
+                times[method].append(time.perf_counter() - start)
+    return times
+
+
+def _plain(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    for batch, target in zip(images.split(BATCH), labels.split(BATCH), strict=True):
+        model.zero_grad()
+        F.cross_entropy(model(batch), target).backward()
+
+
+def _captum(model: Classifier, images: Tensor, labels: Tensor) -> Callable[[], None]:
+    from captum.attr import LayerDeepLift
+
+    graph, places = _own_relus(model.network, model.spec.input_shape)
+    layers = [LayerDeepLift(graph, graph.get_submodule(place)) for place in places]
+
+    def call() -> None:
+        for batch, target in zip(images.split(BATCH), labels.split(BATCH), strict=True):
+            with torch.no_grad():
+                inputs = model.normalise(batch)
+            for layer in layers:
+                layer.attribute(inputs, torch.zeros_like(inputs), target=target)
+
+    return call
+
+
+def _own_relus(network: nn.Module, shape: tuple[int, ...]) -> tuple[fx.GraphModule, list[str]]:
+    """Give every ReLU call a module of its own; return the graph and the module behind each site."""
+    graph = trace(network)
+    ends = {site.node.name for site in find_sites(network, shape)}
+    places = []
+    for node in graph.graph.nodes:
+        if isinstance(ops.module_of(node, graph), nn.ReLU) or node.target is F.relu:
+            graph.add_submodule(f"own_{node.name}", nn.ReLU())
+            node.op, node.target, node.args, node.kwargs = "call_module", f"own_{node.name}", node.args[:1], {}
+        if node.name in ends and node.op == "call_module":
+            places.append(str(node.target))
+    graph.recompile()
+    return graph.eval(), places
+
+
+def _memory(name: str, factory: str, count: int) -> tuple[float, float]:
+    """Peak MB of a fresh process that profiles the images once, and eight times as many."""
+    return _peak(name, factory, count, 1), _peak(name, factory, count, 8)
+
+
+def _peak(name: str, factory: str, count: int, times: int) -> float:
+    code = f"from bench.profile import peak; peak({name!r}, {factory!r}, {count}, {times})"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def peak(name: str, factory: str, count: int, times: int) -> None:
+    """Profile `count` images `times` times over, streamed; print the peak resident size in MB."""
+    model, images, labels = prepare(name, factory, count)
+    batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
+    profile(model, (batch for _ in range(times) for batch in batches), METRICS, batch_size=BATCH)
+    sys.stdout.write(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024) + "\n")
+
+
+def draw(report: Report, path: Path) -> None:
+    """Bars of the time of each method over a plain pass, for each model."""
+    rows = [row for row in report.rows if "ratio" in row]
+    figure = Figure(figsize=(8, 1.2 + 0.45 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    names = [f"{row['model'].partition(':')[2]}: {row['method']}" for row in rows]
+    bars = axes.barh(names, [row["ratio"] for row in rows])
+    axes.bar_label(bars, fmt=" %.2f")
+    axes.set(xscale="log", xlabel="time over a plain forward + backward (log scale)")
+    axes.invert_yaxis()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,145 @@
+"""The command `nss`. Nothing heavy is imported before a command needs it, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+OK, CRASH, MISTAKE, BUSY = 0, 1, 2, 75
+
+_EPILOG = (
+    "Exit codes: 0 done; 1 crashed, or `doctor` found something wrong; 2 a mistake in the command, in params.yaml or "
+    "in the data; 75 somebody else works on the repository, try again later; 130 interrupted; 143 stopped by SIGTERM."
+)
+
+app = typer.Typer(
+    help="Keep a trained image classifier maintained by semantic slices of its neurons.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data = typer.Typer(help="Add to the versioned data set, or look at it.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+@app.command(epilog="Examples:  nss run   |   nss run --json | jq .stages")
+def run(
+    as_json: Json = False,
+    retries: Annotated[int, typer.Option(min=0, max=10, help="How often a failing stage is tried again.")] = 0,
+) -> None:
+    """Run the maintenance cycle: every stage whose inputs changed, tracked in MLflow and Prefect."""
+    from flows.launch import Server
+
+    server = Server.prepare()
+    from flows import show
+    from flows.maintain import run_cycle
+    from tasks.workspace import find_workspace
+
+    workspace = find_workspace()
+    server.wait()
+    if as_json:
+        _print_json(run_cycle(workspace, retries=retries).to_dict())
+        return
+    report = run_cycle(workspace, retries=retries, tell=lambda stage: _print(show.stage_line(stage)))
+    _print(show.summary(report, workspace, is_temporary=server.is_temporary))
+
+
+@app.command()
+def stage(verb: Annotated[str, typer.Argument(help="base, profile, slice or evaluate")]) -> None:
+    """Run one stage. This is what dvc.yaml calls; people use `nss run` or `dvc repro VERB`."""
+    from tasks.stage import main as run_stage
+
+    raise typer.Exit(run_stage(verb))
+
+
+@data.command("add", epilog="Examples:  nss data add photos/ --resize 32x32   |   nss data add new.npz --new-classes")
+def data_add(
+    source: Annotated[
+        str, typer.Argument(help="A folder of class folders, an .npz, a folder of idx files, torchvision:NAME.")
+    ],
+    new_classes: Annotated[bool, typer.Option("--new-classes", help="Allow classes the data set lacks.")] = False,
+    resize: Annotated[str, typer.Option(help="HEIGHTxWIDTH to scale images of another size to.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Add a source as one batch and commit data.dvc. Bad input is refused as a whole, with all that is wrong."""
+    from flows import show
+    from tasks.data import add
+    from tasks.workspace import find_workspace
+
+    added = add(find_workspace(), source, new_classes=new_classes, resize=_size(resize))
+    _print_json(added.to_dict()) if as_json else _print(show.added(added))
+
+
+@data.command("demo")
+def data_demo(as_json: Json = False) -> None:
+    """Materialise scikit-learn's digits, exactly what the committed data.dvc names."""
+    from flows import show
+    from tasks.data import add_demo
+    from tasks.workspace import find_workspace
+
+    added = add_demo(find_workspace())
+    _print_json(added.to_dict()) if as_json else _print(show.added(added))
+
+
+@data.command("status")
+def data_status(as_json: Json = False) -> None:
+    """Show batches, classes and splits, and whether data.dvc names what lies in data/."""
+    from flows import show
+    from tasks.data import status
+    from tasks.workspace import find_workspace
+
+    content = status(find_workspace())
+    _print_json(content) if as_json else _print(show.data_status(content))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check what a run needs: packages, repository, data, parameters, tracking store, Prefect."""
+    from flows import show
+    from flows.doctor import examine
+
+    findings = examine()
+    _print_json([finding.to_dict() for finding in findings]) if as_json else _print(show.findings(findings))
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(CRASH)
+
+
+def main() -> int:
+    """Run the command line and return the exit code; a user's mistake is a message without a traceback."""
+    try:
+        # Ends by SystemExit: 0, 2 for a mistake in the command line, 130 for Ctrl-C, or what a command chose.
+        app(prog_name="nss")
+        return OK
+    except Exception as error:
+        # Importing nss costs seconds; an error of its own can only be raised when it has been imported.
+        errors = sys.modules.get("nss.errors")
+        if errors is None or not isinstance(error, errors.NssError):
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        return BUSY if isinstance(error, errors.BusyError) else MISTAKE
+
+
+def _size(text: str) -> tuple[int, int] | None:
+    if not text:
+        return None
+    height, _, width = text.partition("x")
+    if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
+        raise typer.BadParameter(
+            f"{text!r} is no size; allowed: HEIGHTxWIDTH, for example 32x32", param_hint="--resize"
+        )
+    return int(height), int(width)
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _print_json(content: Any) -> None:
+    _print(json.dumps(content, indent=1, ensure_ascii=False))

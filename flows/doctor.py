@@ -1,0 +1,129 @@
+"""`nss doctor`: what a run needs, checked one by one."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nss.errors import NssError
+from tasks.workspace import Workspace, find_workspace
+
+_PACKAGES = ("torch", "torchvision", "sklearn", "scipy", "safetensors", "matplotlib", "mlflow", "prefect", "dvc")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found. `fix` says how to mend it when it is not `ok`."""
+
+    check: str
+    ok: bool
+    found: str
+    fix: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, ready for JSON."""
+        return asdict(self)
+
+
+def examine() -> list[Finding]:
+    """Run all checks. One that fails does not keep the others from running."""
+    try:
+        workspace = find_workspace()
+    except NssError as error:
+        return [
+            _run("python", _python),
+            _run("packages", _packages),
+            Finding("workspace", False, error.what, error.fix),
+        ]
+    checks: dict[str, Callable[[], str]] = {
+        "python": _python,
+        "packages": _packages,
+        "git": lambda: _git(workspace),
+        "dvc": lambda: _dvc(workspace),
+        "parameters": lambda: _params(workspace),
+        "data": lambda: _data(workspace),
+        "tracking": lambda: _tracking(workspace),
+        "prefect": _prefect,
+    }
+    return [_run(name, check) for name, check in checks.items()]
+
+
+def _run(name: str, check: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name, True, check())
+    except NssError as error:
+        problems = "; ".join(getattr(error, "problems", ()))
+        return Finding(name, False, f"{error.what.splitlines()[0]}{': ' if problems else ''}{problems}", error.fix)
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return Finding(name, False, f"{type(error).__name__}: {first}")
+
+
+def _python() -> str:
+    return f"{'.'.join(map(str, sys.version_info[:3]))}, {sys.executable}"
+
+
+def _packages() -> str:
+    for name in _PACKAGES:
+        module = importlib.import_module(name)
+        if module.__file__ is None:
+            where = next(iter(module.__path__))
+            raise NssError(f"`import {name}` finds a folder, {where}", fix="pip install -e . in this environment")
+    return ", ".join(_PACKAGES)
+
+
+def _git(workspace: Workspace) -> str:
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        done = subprocess.run(command, cwd=workspace.root, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise NssError("git is not installed", fix="install git") from None
+    return f"commit {done.stdout.strip()}" if done.returncode == 0 else "no commit yet: runs are tagged 'unknown'"
+
+
+def _dvc(workspace: Workspace) -> str:
+    from tasks.pipeline import Pipeline
+
+    pipeline = Pipeline(workspace)
+    names = pipeline.stages()
+    stale = [name for name in names if not pipeline.is_clean(name)]
+    return f"{len(names)} stages, " + (f"to run: {', '.join(stale)}" if stale else "all up to date")
+
+
+def _params(workspace: Workspace) -> str:
+    from tasks.params import load_params
+
+    return ", ".join(type(load_params(workspace.params)).model_fields)
+
+
+def _data(workspace: Workspace) -> str:
+    from tasks.data import status
+
+    content = status(workspace)
+    if not content["committed"]:
+        raise NssError("data/ is not what data.dvc names", fix="`dvc add data`, or `dvc checkout data.dvc`")
+    return f"{sum(content['images'].values())} images of {len(content['classes'])} classes, {content['md5']}"
+
+
+def _tracking(workspace: Workspace) -> str:
+    from tasks.tracking import open_tracker
+
+    return open_tracker(workspace).uri
+
+
+def _prefect() -> str:
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    if not url:
+        return "no server: runs start a temporary one"
+    with get_client(sync_client=True) as client:
+        problem = client.api_healthcheck()
+    if problem:
+        raise NssError(f"no answer from {url}", fix="start it with `prefect server start`, or unset PREFECT_API_URL")
+    return url

@@ -1,0 +1,110 @@
+"""Results as lines for a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nss.files import read_json
+
+if TYPE_CHECKING:
+    from flows.doctor import Finding
+    from flows.maintain import CycleReport, StageReport
+    from nss.ingest import Added
+    from tasks.workspace import Workspace
+
+# The one figure of a stage that people look at first: name in its metrics.json, and how to write it.
+_KEY_METRIC = {
+    "base": ("val_accuracy", "validation accuracy {:.1%}"),
+    "profile": ("neurons", "{} neurons"),
+    "slice": ("slices", "{} slices"),
+    "evaluate": ("accuracy", "accuracy {:.1%}"),
+}
+
+
+def stage_line(stage: StageReport) -> str:
+    """One line: name, outcome, seconds, key figure.
+
+    >>> stage_line(StageReport("slice", "cached", 0.1, "", {"slices": 4}))  # doctest: +SKIP
+    'slice      Cached     0.1 s  4 slices'
+    """
+    name, text = _KEY_METRIC.get(stage.stage, ("", ""))
+    figure = text.format(stage.metrics[name]) if name in stage.metrics else ""
+    return f"{stage.stage:<10} {stage.outcome.capitalize():<9} {stage.seconds:6.1f} s  {figure}".rstrip()
+
+
+def summary(report: CycleReport, workspace: Workspace, *, is_temporary: bool) -> str:
+    """What came out of a cycle and where to look. is_temporary: whether Prefect's server has ended with the run."""
+    scores = read_json(workspace.out("evaluate") / "evaluation.json")
+    model, slices = scores["model"], scores["slices"]
+    lines = [
+        "",
+        f"accuracy    {model['accuracy']:.2%} on {model['images']} held-out images",
+        f"worst class {model['worst_class']} {model['worst_accuracy']:.2%}",
+        f"slices      {len(slices['slices'])}, told no category {slices['vote_accuracy']:.2%}",
+        *(_slice_line(each) for each in slices["slices"]),
+        "",
+        "MLflow runs",
+        f"  {'cycle':<9} {report.run_id or 'not logged'}",
+        *(f"  {each.stage:<9} {each.run_id or 'not logged'}" for each in report.stages),
+        "",
+        f"MLflow  {_mlflow_hint(report)}",
+        f"Prefect {_prefect_hint(report, is_temporary)}",
+    ]
+    return "\n".join(lines)
+
+
+def _slice_line(each: dict[str, Any]) -> str:
+    names = ", ".join(each["categories"])
+    figures = f"recall {each['recall']:.1%}, false positives {each['false_positive_rate']:.1%}"
+    return f"  {each['name']:<9} {names} ({figures}, {each['parameters']:,} parameters)"
+
+
+def _mlflow_hint(report: CycleReport) -> str:
+    if report.tracking_uri.startswith("http"):
+        return f"{report.tracking_uri.rstrip('/')}/#/experiments/{report.experiment_id}/runs/{report.run_id}"
+    return f"mlflow ui --backend-store-uri {report.tracking_uri}"
+
+
+def _prefect_hint(report: CycleReport, is_temporary: bool) -> str:
+    from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
+
+    if is_temporary:
+        return "no server: `prefect server start`, then PREFECT_API_URL=http://127.0.0.1:4200/api nss run"
+    base = PREFECT_UI_URL.value() or PREFECT_API_URL.value().removesuffix("/").removesuffix("/api")
+    return f"{base}/runs/flow-run/{report.flow_run_id}"
+
+
+def added(result: Added) -> str:
+    """What adding a source did."""
+    if result.already_present:
+        return f"nothing new: the batch {result.digest} is in the data set already"
+    splits = ", ".join(f"{count} {name}" for name, count in result.splits.items())
+    lines = [f"added {result.images} images as batch {result.digest}: {splits}"]
+    if result.new_classes:
+        lines.append(f"new classes: {', '.join(result.new_classes)}")
+    if result.repeated:
+        lines.append(f"{result.repeated} were in the data set before, {result.relabelled} of them with another label")
+    return "\n".join(lines)
+
+
+def data_status(content: dict[str, Any]) -> str:
+    """Batches, classes and splits of the data set, and its version."""
+    shape = " x ".join(map(str, content["image_shape"]))
+    splits = ", ".join(f"{count} {name}" for name, count in content["images"].items())
+    version = "data.dvc names exactly this" if content["committed"] else "NOT what data.dvc names: `dvc add data`"
+    lines = [f"{len(content['classes'])} classes, images {shape}: {splits}", f"version {content['md5']}, {version}"]
+    lines += [f"batch {each['digest']}: {each['images']} images" for each in content["batches"]]
+    width = max(map(len, content["classes"]))
+    for name, counts in content["per_class"].items():
+        lines.append(f"  {name:<{width}} " + ", ".join(f"{count} {split}" for split, count in counts.items()))
+    return "\n".join(lines)
+
+
+def findings(rows: list[Finding]) -> str:
+    """One line a check, and how to mend what is wrong."""
+    lines = []
+    for row in rows:
+        lines.append(f"{'ok   ' if row.ok else 'WRONG'} {row.check:<14} {row.found}")
+        if row.fix and not row.ok:
+            lines.append(f"      {'':<14} fix: {row.fix}")
+    return "\n".join(lines)

@@ -1,0 +1,155 @@
+"""What the MLflow run of a stage holds: a pure function of the stage's outputs, its parameters and its key.
+
+So a run can be made at any time: by the stage itself, or later from what lies on disk. matplotlib and the slices are
+imported only when something is drawn: a run that finds everything cached draws nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mlflow.entities import Run
+
+from nss.files import read_json
+from tasks.params import Params
+from tasks.pipeline import StageKey
+from tasks.provenance import data_md5, provenance_tags
+from tasks.tracking import Tracker
+from tasks.workspace import Workspace
+
+_CONTEXT = {"base": "training", "profile": "profiling", "slice": "validation", "evaluate": "evaluation"}
+
+
+def begin(tracker: Tracker, workspace: Workspace, verb: str, key: StageKey, parent: str | None) -> Run:
+    """Return the run of this stage for this key, running unless it has finished before."""
+    tags = {"nss.kind": "stage", **provenance_tags(workspace, key)}
+    return tracker.open(verb, {"stage": verb, "stage_key": key.digest}, tags, parent)
+
+
+def complete(tracker: Tracker, run: Run, workspace: Workspace, params: Params, verb: str, key: StageKey) -> None:
+    """Log what the stage left on disk and end the run. A run that has finished before is left alone."""
+    if run.info.status == "FINISHED":
+        return
+    folder = workspace.out(verb)
+    tracker.log(run, params=params.group(verb).model_dump(), metrics=_numbers(read_json(folder / "metrics.json")))
+    tracker.log_data(run.info.run_id, "data", workspace.data, data_md5(workspace), _CONTEXT[verb])
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.csv")]):
+        tracker.client.log_artifact(run.info.run_id, str(path))
+    if verb in _DETAILS:
+        _DETAILS[verb](tracker, run, workspace, key)
+    tracker.end(run.info.run_id, "FINISHED")
+
+
+def backfill(
+    tracker: Tracker, workspace: Workspace, params: Params, verb: str, key: StageKey, parent: str | None
+) -> str:
+    """Return the id of the finished run of a stage whose outputs are on disk, making the run up when it is missing."""
+    run = tracker.find(stage=verb, stage_key=key.digest)
+    if run is None or run.info.status != "FINISHED":
+        run = begin(tracker, workspace, verb, key, parent)
+        complete(tracker, run, workspace, params, verb, key)
+    return run.info.run_id
+
+
+def _log_base(tracker: Tracker, run: Run, workspace: Workspace, key: StageKey) -> None:
+    from tasks import pictures
+
+    folder, run_id = workspace.out("base"), run.info.run_id
+    history = [{name: float(value) for name, value in row.items()} for row in _table(folder / "history.csv")]
+    tracker.log(run, history=[{f"epoch_{name}": row[name] for name in row if name != "epoch"} for row in history])
+    tracker.client.log_figure(run_id, pictures.training_curve(history), "training.png")
+    tracker.log_model(run_id, "base", folder / "model", {"stage_key": key.digest})
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """What is logged about one semantic slice. kept, total: {layer: neurons}."""
+
+    name: str
+    categories: str
+    kept: dict[str, int]
+    total: dict[str, int]
+    scores: dict[str, float]
+
+
+def _log_slice(tracker: Tracker, run: Run, workspace: Workspace, key: StageKey) -> None:
+    from nss.slice import SemanticSlices
+    from tasks import pictures
+
+    slices = SemanticSlices.load(workspace.out("slice") / "slices.json")
+    groups = {each.name: each.categories for each in slices}
+    parts = _slices(workspace.out("slice"), groups)
+    drawn = {
+        "dendrogram.png": pictures.dendrogram(slices.linkage, slices.classes, groups),
+        "overlap.png": pictures.overlap(slices.distances, slices.linkage, slices.classes, groups),
+        "kept_neurons.png": pictures.kept_neurons({part.name: part.kept for part in parts}, parts[0].total),
+    }
+    for name, figure in drawn.items():
+        tracker.client.log_figure(run.info.run_id, figure, name)
+    for part in parts:
+        _log_part(tracker, run.info.run_id, workspace, key, part)
+
+
+def _slices(folder: Path, groups: dict[str, tuple[str, ...]]) -> list[_Slice]:
+    rows = _table(folder / "neurons.csv")
+    total = {row["layer"]: int(row["total"]) for row in rows}
+    scores = {each["name"]: _numbers(each) for each in read_json(folder / "slices_val.json")["slices"]}
+    return [
+        _Slice(
+            name=name,
+            categories=", ".join(categories),
+            kept={row["layer"]: int(row["kept"]) for row in rows if row["slice"] == name},
+            total=total,
+            scores=scores[name],
+        )
+        for name, categories in groups.items()
+    ]
+
+
+def _log_part(tracker: Tracker, parent: str, workspace: Workspace, key: StageKey, part: _Slice) -> None:
+    from tasks import pictures
+
+    tags = {"nss.kind": "slice", "nss.categories": part.categories, **provenance_tags(workspace)}
+    run = tracker.open(part.name, {"slice": part.name, "parent_key": key.digest}, tags, parent)
+    if run.info.status == "FINISHED":
+        return
+    whole = {"neurons_kept": sum(part.kept.values()), "neurons_total": sum(part.total.values())}
+    layers = {f"kept/{layer}": count for layer, count in part.kept.items()}
+    tracker.log(run, params={"categories": part.categories}, metrics={**whole, **layers, **part.scores})
+    run_id = run.info.run_id
+    tracker.log_data(run_id, "data", workspace.data, data_md5(workspace), _CONTEXT["slice"])
+    tracker.client.log_figure(run_id, pictures.kept_neurons({part.name: part.kept}, part.total), "kept_neurons.png")
+    model = workspace.out("slice") / "models" / part.name
+    tracker.log_model(run_id, part.name, model, {"categories": part.categories, "stage_key": key.digest})
+    tracker.end(run_id, "FINISHED")
+
+
+def _log_evaluate(tracker: Tracker, run: Run, workspace: Workspace, key: StageKey) -> None:
+    from tasks import pictures
+
+    folder, run_id = workspace.out("evaluate"), run.info.run_id
+    accuracy = {row["class"]: float(row["accuracy"]) for row in _table(folder / "per_class.csv")}
+    overall = float(read_json(folder / "metrics.json")["accuracy"])
+    places = {name: place for place, name in enumerate(accuracy)}
+    counts = np.zeros((len(places), len(places)), dtype=int)
+    for row in _table(folder / "confusion.csv"):
+        counts[places[row["actual"]], places[row["predicted"]]] += 1
+    tracker.log(run, metrics={f"class/{name}": value for name, value in accuracy.items()})
+    tracker.client.log_figure(run_id, pictures.confusion(counts, list(places)), "confusion.png")
+    tracker.client.log_figure(run_id, pictures.class_accuracy(accuracy, overall), "class_accuracy.png")
+
+
+_DETAILS = {"base": _log_base, "slice": _log_slice, "evaluate": _log_evaluate}
+
+
+def _table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _numbers(content: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in content.items() if isinstance(value, int | float)}

@@ -1,0 +1,159 @@
+"""params.yaml, checked: one group for each stage, every key required, every mistake listed at once."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML, YAMLError
+
+from nss.errors import ParamsError
+
+Metric = Literal["avg", "var", "ens", "taylor", "deeplift"]
+Rule = Literal["cumulative", "score", "energy", "category", "global"]
+Linkage = Literal["average", "complete", "single"]
+_FACTORY = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+_PACKAGE = r"^[A-Za-z_]\w*$"
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class BaseParams(_Group):
+    """How the base model is made and trained."""
+
+    factory: str = Field(pattern=_FACTORY, description="module:callable, for example nss.zoo:vgg_small")
+    arguments: dict[str, Any] = Field(description="keyword arguments of the factory, as a mapping")
+    packages: list[Annotated[str, Field(pattern=_PACKAGE)]] = Field(
+        description="names of packages, beside nss.zoo and torchvision.models, that a factory may come from"
+    )
+    epochs: int = Field(ge=1, le=10_000, description="a whole number from 1 to 10000")
+    batch_size: int = Field(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")
+    learning_rate: float = Field(gt=0, le=100, description="a number above 0, at most 100")
+    weight_decay: float = Field(ge=0, le=1, description="a number from 0 to 1")
+    seed: int = Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
+
+
+class ProfileParams(_Group):
+    """What is gathered about the contribution of each neuron to each category."""
+
+    metrics: list[Metric] = Field(min_length=1, description="a list of some of avg, var, ens, taylor, deeplift")
+    split: Literal["train", "val"] = Field(description="train or val")
+    samples_per_class: int | None = Field(ge=1, description="a whole number from 1, or null for all")
+    batch_size: int = Field(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")
+
+
+class SliceParams(_Group):
+    """Which neurons are critical, and which categories are merged."""
+
+    metric: Metric = Field(description="avg, var, ens, taylor or deeplift")
+    rule: Rule = Field(description="cumulative, score, energy, category or global")
+    threshold: float = Field(gt=0, le=1, description="a number above 0, at most 1")
+    n_slices: int | None = Field(ge=1, description="a whole number from 1, or null")
+    distance_threshold: float | None = Field(ge=0, le=1, description="a number from 0 to 1, or null")
+    linkage: Linkage = Field(description="average, complete or single")
+
+
+class EvaluateParams(_Group):
+    """What the models are scored on."""
+
+    split: Literal["val", "test"] = Field(description="val or test")
+    batch_size: int = Field(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")
+
+
+class Params(_Group):
+    """All of params.yaml."""
+
+    base: BaseParams
+    profile: ProfileParams
+    slice: SliceParams
+    evaluate: EvaluateParams
+
+    def group(self, verb: str) -> BaseModel:
+        """Return the group of one stage."""
+        return getattr(self, verb)
+
+
+def load_params(path: Path) -> Params:
+    """Read and check params.yaml.
+
+    Raises ParamsError that lists every wrong key, type and value with what is allowed.
+
+    >>> load_params(Path("params.yaml")).slice.rule  # doctest: +SKIP
+    'cumulative'
+    """
+    content = _read(path)
+    problems: list[str] = []
+    try:
+        params = Params.model_validate(content)
+        problems += _inconsistent(params)
+    except ValidationError as error:
+        problems += [_explain(content, dict(problem)) for problem in error.errors(include_url=False)]
+    if problems:
+        raise ParamsError(f"{len(problems)} wrong in params.yaml", problems, where=str(path), fix="mend the keys named")
+    return params
+
+
+def _read(path: Path) -> Any:
+    try:
+        # The parser that DVC reads parameters with: for another, 5e-4 is a text and `on` is true.
+        content = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ParamsError("params.yaml is missing", where=str(path), fix="git checkout params.yaml") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        # The part after the empty line advises programmers to allow duplicate keys.
+        problems = [line.strip() for line in str(error).split("\n\n")[0].splitlines()]
+        raise ParamsError("params.yaml is not readable as YAML", problems, where=str(path)) from None
+    if not isinstance(content, dict):
+        groups = ", ".join(Params.model_fields)
+        raise ParamsError("params.yaml is not a mapping of groups", where=str(path), allowed=groups)
+    return content
+
+
+def _explain(content: Any, problem: dict[str, Any]) -> str:
+    """One line: which key, which value, what is allowed."""
+    loc = problem["loc"]
+    name, model, allowed = ".".join(map(str, loc)), *_target(loc)
+    if problem["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(loc[-1]), model.model_fields, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        return f"{name}: no such key{hint}; allowed: {', '.join(model.model_fields)}"
+    if problem["type"] == "missing":
+        return f"{name}: missing; allowed: {allowed}"
+    return f"{name}: {_value(content, loc)!r} is not allowed; allowed: {allowed}"
+
+
+def _target(loc: tuple[Any, ...]) -> tuple[type[BaseModel], str]:
+    """Return the model that a location lies in, and the description of what is allowed there."""
+    group = Params.model_fields.get(str(loc[0]))
+    if group is None or len(loc) == 1:
+        keys = ", ".join(group.annotation.model_fields) if group else ""
+        return Params, f"a mapping with the keys {keys}"
+    field = group.annotation.model_fields.get(str(loc[1]))
+    return group.annotation, field.description if field else ""
+
+
+def _value(content: Any, loc: tuple[Any, ...]) -> Any:
+    for part in loc:
+        try:
+            content = content[part]
+        except (KeyError, IndexError, TypeError):
+            return content
+    return content
+
+
+def _inconsistent(params: Params) -> list[str]:
+    problems = []
+    if len(set(params.profile.metrics)) < len(params.profile.metrics):
+        problems.append(f"profile.metrics: {params.profile.metrics!r} names one twice; allowed: each once")
+    if params.slice.metric not in params.profile.metrics:
+        gathered = ", ".join(params.profile.metrics)
+        problems.append(
+            f"slice.metric: {params.slice.metric!r} is not gathered; allowed: one of profile.metrics ({gathered})"
+        )
+    if params.slice.n_slices is not None and params.slice.distance_threshold is not None:
+        problems.append("slice: n_slices and distance_threshold are both given; allowed: one of them, the other null")
+    return problems

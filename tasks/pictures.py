@@ -1,0 +1,204 @@
+"""Pictures of what stages found, readable from two to a hundred categories. No global state: each returns a Figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+Groups = Mapping[str, Sequence[str]]
+"""{slice name: its categories}"""
+
+_GREY, _DARK, _BAD = "#d9dde3", "#4a5260", "#c8403c"
+# Above these numbers, figures in cells and one bar for each slice are too small to read.
+_MOST_CELL_TEXTS, _MOST_BARS = 12, 8
+
+
+def dendrogram(linkage: np.ndarray, classes: Sequence[str], slices: Groups) -> Figure:
+    """Draw how categories merge, branches and labels of one semantic slice in one colour.
+
+    linkage: [classes - 1, 4], scipy's format.
+    classes: category names in index order.
+
+    >>> dendrogram(np.array([[0, 1, 0.3, 2]]), ["cat", "dog"], {"slice-0": ["cat", "dog"]}).axes[0].get_xlabel()
+    'distance of critical neurons'
+    """
+    count = len(classes)
+    figure, axes = _figure(7.5, max(2.4, 0.26 * count + 1.3))
+    owner = {category: name for name, categories in slices.items() for category in categories}
+    colours = _colours(slices)
+    order = leaf_order(linkage, count)
+    at = {leaf: (0.0, float(row)) for row, leaf in enumerate(order)}
+    below = {leaf: {owner.get(classes[leaf])} for leaf in range(count)}
+    for row, (left, right, height, _) in enumerate(linkage):
+        node, pair = count + row, (int(left), int(right))
+        below[node] = below[pair[0]] | below[pair[1]]
+        (x0, y0), (x1, y1) = at[pair[0]], at[pair[1]]
+        single = len(below[node]) == 1
+        colour = colours.get(next(iter(below[node])), _DARK) if single else _DARK
+        axes.plot([x0, height, height, x1], [y0, y0, y1, y1], color=colour, linewidth=2 if single else 1.2)
+        at[node] = (float(height), (y0 + y1) / 2)
+    axes.set_yticks(range(count), [classes[leaf] for leaf in order], fontsize=_label_size(count))
+    for label, leaf in zip(axes.get_yticklabels(), order, strict=True):
+        label.set_color(colours.get(owner.get(classes[leaf]), _DARK))
+    axes.set_ylim(count - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("distance of critical neurons")
+    axes.set_title(f"{count} categories in {len(slices)} semantic slices", loc="left")
+    _bare(axes, "left", "top", "right")
+    return figure
+
+
+def overlap(distances: np.ndarray, linkage: np.ndarray, classes: Sequence[str], slices: Groups) -> Figure:
+    """Draw the overlap of critical neurons, 1 - distance, between categories; semantic slices are framed.
+
+    distances: [classes, classes], 0..1.
+    """
+    order = leaf_order(linkage, len(classes))
+    figure, axes = _matrix(1 - distances[np.ix_(order, order)], [classes[leaf] for leaf in order], "Greys", "{:.2f}")
+    owner = {category: name for name, categories in slices.items() for category in categories}
+    names = [owner.get(classes[leaf]) for leaf in order]
+    for start, stop, name in _spans(names):
+        frame = Rectangle((start - 0.5, start - 0.5), stop - start, stop - start, fill=False, linewidth=2.2)
+        frame.set_edgecolor(_colours(slices).get(name, _DARK))
+        axes.add_patch(frame)
+    axes.set_title("overlap of critical neurons", loc="left")
+    return figure
+
+
+def kept_neurons(kept: Mapping[str, Mapping[str, int]], total: Mapping[str, int]) -> Figure:
+    """Draw neurons kept by layer, slices against all there are.
+
+    kept: {slice: {layer: neurons}}; from nine slices on, their mean with the range from least to most is drawn.
+    total: {layer: neurons}.
+    """
+    layers = list(total)
+    figure, axes = _figure(max(6.0, 0.75 * len(layers) + 2), 4.2)
+    at = np.arange(len(layers))
+    axes.bar(at, [total[layer] for layer in layers], width=0.9, color=_GREY, label="all neurons")
+    if len(kept) > _MOST_BARS:
+        table = np.array([[row[layer] for layer in layers] for row in kept.values()])
+        mean = table.mean(axis=0)
+        spread = np.stack([mean - table.min(axis=0), table.max(axis=0) - mean])
+        axes.bar(at, mean, width=0.5, yerr=spread, capsize=3, label=f"mean and range of {len(kept)} slices")
+    else:
+        width = 0.8 / max(1, len(kept))
+        for place, (name, row) in enumerate(kept.items()):
+            shift = (place - (len(kept) - 1) / 2) * width
+            colour = _colours(kept)[name]
+            axes.bar(at + shift, [row[layer] for layer in layers], width=width * 0.9, color=colour, label=name)
+    axes.set_xticks(at, layers, rotation=40, ha="right", fontsize=_label_size(len(layers)))
+    axes.set_ylabel("neurons")
+    axes.set_title("neurons kept by layer", loc="left")
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    _bare(axes, "top", "right")
+    return figure
+
+
+def training_curve(history: Sequence[Mapping[str, float]]) -> Figure:
+    """Draw loss and accuracies over epochs.
+
+    history: rows with epoch, loss, train_accuracy, val_accuracy.
+    """
+    figure = Figure(figsize=(8.5, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    left.plot(epochs, [row["loss"] for row in history], color=_DARK, marker=".")
+    left.set_title("loss", loc="left")
+    for name, colour in (("train_accuracy", "#9aa5b5"), ("val_accuracy", "#1f6fb4")):
+        right.plot(epochs, [row[name] for row in history], marker=".", color=colour, label=name.replace("_", " "))
+    right.set_title(f"accuracy, at last {history[-1]['val_accuracy']:.1%} on validation", loc="left")
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _bare(axes, "top", "right")
+    return figure
+
+
+def confusion(counts: np.ndarray, classes: Sequence[str]) -> Figure:
+    """Draw the share of each actual class (row) that was predicted as each class (column).
+
+    counts: [actual, predicted] images.
+    """
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure, axes = _matrix(shares, classes, "Blues", "{:.0%}")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("actual")
+    axes.set_title("confusion", loc="left")
+    return figure
+
+
+def class_accuracy(accuracy: Mapping[str, float], overall: float) -> Figure:
+    """Draw the accuracy of each class, worst on top and in red, against the overall one."""
+    rows = sorted(accuracy.items(), key=lambda row: row[1])
+    figure, axes = _figure(6.5, max(2.4, 0.24 * len(rows) + 1.2))
+    colours = [_BAD, *["#1f6fb4"] * (len(rows) - 1)]
+    axes.barh(range(len(rows)), [value for _, value in rows], color=colours, height=0.7)
+    axes.axvline(overall, color=_DARK, linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=_label_size(len(rows)))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("accuracy")
+    axes.set_title(f"worst class {rows[0][0]} {rows[0][1]:.1%}, overall {overall:.1%}", loc="left")
+    _bare(axes, "top", "right")
+    return figure
+
+
+def leaf_order(linkage: np.ndarray, count: int) -> list[int]:
+    """Return the categories in the order in which no branches of the dendrogram cross.
+
+    >>> leaf_order(np.array([[0, 2, 0.1, 2], [1, 3, 0.5, 3]]), 3)
+    [1, 0, 2]
+    """
+    leaves = {leaf: [leaf] for leaf in range(count)}
+    for row, (left, right, *_) in enumerate(linkage):
+        leaves[count + row] = leaves.pop(int(left)) + leaves.pop(int(right))
+    return [leaf for part in leaves.values() for leaf in part]
+
+
+def _matrix(values: np.ndarray, names: Sequence[str], colours: str, text: str) -> tuple[Figure, Axes]:
+    side = min(14.0, max(4.2, 0.42 * len(names) + 2))
+    figure, axes = _figure(side + 0.8, side)
+    image = axes.imshow(values, cmap=colours, vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=_label_size(len(names)))
+    axes.set_yticks(range(len(names)), names, fontsize=_label_size(len(names)))
+    if len(names) <= _MOST_CELL_TEXTS:
+        for (row, column), value in np.ndenumerate(values):
+            red, green, blue, _ = image.cmap(image.norm(value))
+            ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
+            axes.text(column, row, text.format(value), ha="center", va="center", fontsize=7, color=ink)
+    return figure, axes
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _colours(names: Mapping[str, object]) -> dict[str | None, str]:
+    """One colour a name: ten distinct ones, beyond that a walk around the colour circle."""
+    if len(names) <= 10:
+        palette = colormaps["tab10"](range(10))
+    else:
+        palette = colormaps["turbo"](np.linspace(0.05, 0.95, len(names)))
+    return {name: to_hex(palette[place]) for place, name in enumerate(names)}
+
+
+def _spans(names: Sequence[str | None]) -> list[tuple[int, int, str | None]]:
+    starts = [place for place in range(len(names)) if place == 0 or names[place] != names[place - 1]]
+    return [(start, stop, names[start]) for start, stop in zip(starts, [*starts[1:], len(names)], strict=True)]
+
+
+def _label_size(count: int) -> float:
+    return 9 if count <= 20 else 7 if count <= 50 else 5.5
+
+
+def _bare(axes: Axes, *sides: str) -> None:
+    axes.spines[list(sides)].set_visible(False)

@@ -1,0 +1,31 @@
+"""Stage `profile`: gather what each neuron contributes to each category."""
+
+from __future__ import annotations
+
+from nss.data import load_data
+from nss.files import replacing, write_json
+from nss.model import load_model
+from nss.profile import profile
+from tasks.params import ProfileParams
+from tasks.workspace import Workspace, require_same_source
+
+
+def run(params: ProfileParams, workspace: Workspace) -> None:
+    """Profile the base model and write artifacts/profile: profile.safetensors, metrics.json, source.json."""
+    data = load_data(workspace.data)
+    require_same_source(workspace.out("base"), data=data.digest)
+    model = load_model(workspace.out("base") / "model", workspace.packages)
+    gathered = profile(
+        model,
+        data.split(params.split),
+        metrics=tuple(params.metrics),
+        samples_per_class=params.samples_per_class,
+        batch_size=params.batch_size,
+        classes=data.classes,
+    )
+    with replacing(workspace.out("profile")) as part:
+        part.mkdir()
+        gathered.save(part / "profile.safetensors")
+        counts = {"images": int(gathered.counts.sum()), "neurons": sum(gathered.layers.values())}
+        write_json(part / "metrics.json", {**counts, "layers": len(gathered.layers)})
+        write_json(part / "source.json", {"data": data.digest, "model": gathered.model})

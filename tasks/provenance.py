@@ -1,0 +1,53 @@
+"""Where a run comes from: data version, commit, parameters, code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from tasks.pipeline import StageKey
+from tasks.workspace import Workspace
+
+_UNKNOWN = "unknown"
+
+
+def provenance_tags(workspace: Workspace, key: StageKey | None = None) -> dict[str, str]:
+    """Return the tags that every run of this workspace carries; with a stage's key, those of the stage too.
+
+    >>> provenance_tags(find_workspace())["nss.data_md5"]  # doctest: +SKIP
+    '9f0c1e8a....dir'
+    """
+    tags = {"nss.data_md5": data_md5(workspace), **_git_tags(workspace.root)}
+    if key is not None:
+        tags |= {"nss.stage_key": key.digest, "nss.params_digest": key.params, "nss.code_digest": key.code}
+    if experiment := os.environ.get("DVC_EXP_NAME"):
+        tags["nss.dvc_experiment"] = experiment
+    return tags
+
+
+def data_md5(workspace: Workspace) -> str:
+    """Return the hash of the data set in data.dvc, or 'unknown' when the data is not versioned."""
+    try:
+        content = YAML(typ="safe").load((workspace.root / "data.dvc").read_text(encoding="utf-8"))
+        return str(content["outs"][0]["md5"])
+    except (OSError, KeyError, IndexError, TypeError):
+        return _UNKNOWN
+
+
+def _git_tags(root: Path) -> dict[str, str]:
+    commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
+    if not commit:
+        return {"nss.git_sha": _UNKNOWN}
+    dirty = bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
+    return {"nss.git_sha": commit, "nss.git_dirty": str(dirty).lower(), "mlflow.source.git.commit": commit}
+
+
+def _git(root: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,63 @@
+"""Stage `slice`: find the critical neurons, merge categories into semantic slices, and cut a model for each slice."""
+
+from __future__ import annotations
+
+from nss.critical import critical_neurons
+from nss.data import load_data
+from nss.evaluate import SlicesEvaluation, count_parameters, evaluate_slices
+from nss.files import replacing, write_json
+from nss.model import load_model, model_digest, save_model
+from nss.profile import Profile
+from nss.remove import remove
+from nss.slice import SemanticSlices, semantic_slices
+from tasks.params import SliceParams
+from tasks.tables import write_csv
+from tasks.workspace import Workspace, require_same_source
+
+
+def run(params: SliceParams, workspace: Workspace) -> None:
+    """Slice the base model and write artifacts/slice.
+
+    It holds critical.safetensors, slices.json, models/<slice>/, neurons.csv, slices_val.json, metrics.json and
+    source.json.
+    """
+    data = load_data(workspace.data)
+    model = load_model(workspace.out("base") / "model", workspace.packages)
+    sources = {"data": data.digest, "model": model_digest(model)}
+    require_same_source(workspace.out("profile"), **sources)
+    profile = Profile.load(workspace.out("profile") / "profile.safetensors")
+    critical = critical_neurons(profile, params.metric, params.rule, params.threshold)
+    slices = semantic_slices(critical, profile, params.n_slices, params.distance_threshold, params.linkage)
+    models = [remove(model, each.neurons) for each in slices]
+    scores = evaluate_slices(slices, models, data.split("val"))
+    with replacing(workspace.out("slice")) as part:
+        part.mkdir()
+        critical.save(part / "critical.safetensors")
+        slices.save(part / "slices.json")
+        for each, cut in zip(slices, models, strict=True):
+            save_model(cut, part / "models" / each.name)
+        rows = _neuron_rows(slices)
+        write_csv(part / "neurons.csv", ["slice", "layer", "kept", "total"], rows)
+        write_json(part / "slices_val.json", scores.to_dict())
+        write_json(part / "metrics.json", _metrics(rows, scores, count_parameters(model)))
+        write_json(part / "source.json", sources)
+
+
+def _neuron_rows(slices: SemanticSlices) -> list[tuple[str, str, int, int]]:
+    return [
+        (each.name, layer, int(kept.sum()), kept.numel()) for each in slices for layer, kept in each.neurons.items()
+    ]
+
+
+def _metrics(rows: list[tuple[str, str, int, int]], scores: SlicesEvaluation, parameters: int) -> dict[str, float]:
+    """Summarise: shares are means over the slices, accuracies are on the validation split."""
+    count = len(scores.slices)
+    return {
+        "slices": count,
+        "neurons_kept": sum(kept for *_, kept, _ in rows) / sum(total for *_, total in rows),
+        "parameters_kept": sum(each.parameters for each in scores.slices) / count / parameters,
+        "recall": sum(each.recall for each in scores.slices) / count,
+        "false_positive_rate": sum(each.false_positive_rate for each in scores.slices) / count,
+        "vote_accuracy": scores.vote_accuracy,
+        "told_accuracy": scores.told_accuracy,
+    }

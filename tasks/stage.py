@@ -1,0 +1,145 @@
+"""`nss stage VERB`, the command of a DVC stage: run it, and keep its MLflow run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from nss.errors import NssError, StageError
+from tasks.params import Params, load_params
+from tasks.pipeline import LOG, RECEIPT, Pipeline, StageKey
+from tasks.workspace import Workspace, find_workspace
+
+CYCLE = "NSS_CYCLE_RUN_ID"
+"""Environment variable with the id of the MLflow run that stages are shown under."""
+
+OK, CRASH, MISTAKE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+
+
+class Terminated(BaseException):
+    """The process was asked to end by SIGTERM."""
+
+
+def main(verb: str) -> int:
+    """Run one stage in the workspace of the current folder and return its exit code.
+
+    0 done, 1 crashed (traceback on stderr), 2 a user's mistake (message on stderr), 130 Ctrl-C, 143 SIGTERM.
+    """
+    _announce(verb)
+    signal.signal(signal.SIGTERM, _terminate)
+    record: Record | None = None
+    try:
+        if verb not in Params.model_fields:
+            raise StageError(f"there is no stage '{verb}'", allowed=", ".join(Params.model_fields))
+        workspace = find_workspace()
+        params = load_params(workspace.params)
+        workspace = replace(workspace, packages=tuple(params.base.packages))
+        key = Pipeline(workspace).stage_key(verb)
+        record = Record(workspace, params, verb, key)
+        _work(workspace, params, verb, key)
+        record.complete()
+        return OK
+    except BaseException as error:
+        code, status = _judge(error)
+        if record is not None:
+            record.end(status)
+        return code
+
+
+class Record:
+    """The stage's MLflow run, while a tracking store answers; without one the stage goes on and says so.
+
+    The outputs are on disk then, and the next `nss run` makes the run up from them.
+    """
+
+    def __init__(self, workspace: Workspace, params: Params, verb: str, key: StageKey) -> None:
+        self.stage = (workspace, params, verb, key)
+        self.tracker, self.run = None, None
+        self._try(self._begin)
+
+    def complete(self) -> None:
+        """Log the outputs and end the run FINISHED."""
+        if self.run is None:
+            self._try(self._begin)
+        if self.run is not None:
+            self._try(self._complete)
+
+    def end(self, status: str) -> None:
+        """End the run FAILED or KILLED."""
+        if self.run is not None and self.run.info.status != "FINISHED":
+            self._try(lambda: self.tracker.end(self.run.info.run_id, status))
+
+    def _begin(self) -> None:
+        from tasks import journal
+        from tasks.tracking import open_tracker
+
+        workspace, _, verb, key = self.stage
+        self.tracker = open_tracker(workspace)
+        self.run = journal.begin(self.tracker, workspace, verb, key, os.environ.get(CYCLE))
+
+    def _complete(self) -> None:
+        from tasks import journal
+
+        journal.complete(self.tracker, self.run, *self.stage)
+
+    def _try(self, action: Any) -> None:
+        try:
+            action()
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            _say(f"warning: not logged to MLflow ({reason[0]}); the next `nss run` makes up for it")
+
+
+def _work(workspace: Workspace, params: Params, verb: str, key: StageKey) -> None:
+    if params.base.packages:
+        # Last, so that a folder of the user's never hides an installed package.
+        sys.path.append(str(workspace.root))
+    importlib.import_module(f"tasks.{verb}").run(params.group(verb), workspace)
+    if Pipeline(workspace).stage_key(verb) != key:
+        # DVC hashes inputs after the command: it would record the new input with the old result.
+        raise StageError(
+            "an input changed while the stage ran, so its result was thrown away", where=verb, fix="run again"
+        )
+
+
+def _announce(verb: str) -> None:
+    if log := os.environ.get(LOG):
+        with open(log, "ab", buffering=0) as file:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    if receipt := os.environ.get(RECEIPT):
+        Path(receipt).write_text(json.dumps({"stage": verb, "pid": os.getpid()}), encoding="utf-8")
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    # Once is enough: a second signal must not interrupt the ending of the run.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
+
+
+def _judge(error: BaseException) -> tuple[int, str]:
+    """Tell the exit code and the status of the run, and print what the user needs."""
+    if isinstance(error, Terminated):
+        _say("stopped by SIGTERM")
+        return TERMINATED, "KILLED"
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "KILLED"
+    if isinstance(error, NssError):
+        _say(str(error))
+        return MISTAKE, "FAILED"
+    traceback.print_exception(error)
+    return CRASH, "FAILED"
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")

@@ -1,0 +1,175 @@
+"""The MLflow store and its runs, always by run id through MlflowClient, never through the active run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModelOutput,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+    ViewType,
+)
+from mlflow.exceptions import MlflowException
+
+from nss.files import replacing
+from tasks.workspace import Workspace
+
+EXPERIMENT = "nss"
+End = Literal["FINISHED", "FAILED", "KILLED"]
+
+# A database cuts longer values or refuses them, depending on its kind.
+_LONGEST_PARAM = 6000
+_LONGEST_DIGEST = 36
+
+# MLflow says INFO when it creates a database.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+
+_SQLITE = "sqlite:///"
+
+
+class Tracker:
+    """One experiment of one tracking store.
+
+    uri: of the store.
+    artifacts: where artifacts go when the store is a database and no server decides.
+
+    >>> Tracker("sqlite:////tmp/tracking.db", Path("/tmp/artifacts")).uri  # doctest: +SKIP
+    'sqlite:////tmp/tracking.db'
+    """
+
+    def __init__(self, uri: str, artifacts: Path) -> None:
+        self.uri = uri
+        if uri.startswith(_SQLITE):
+            create_database(Path(uri.removeprefix(_SQLITE)), artifacts)
+        self.client = MlflowClient(tracking_uri=uri)
+        # Behind a server, the server says where artifacts go.
+        self.experiment_id = _experiment(self.client, None if uri.startswith("http") else artifacts)
+
+    def find(self, **tags: str) -> Run | None:
+        """Return the newest run whose `nss.*` tags have these values, for example `stage_key`."""
+        words = [f"tags.`nss.{name}` = '{value}'" for name, value in tags.items()]
+        runs = self.client.search_runs(
+            [self.experiment_id], " and ".join(words), ViewType.ACTIVE_ONLY, 1, ["attributes.start_time DESC"]
+        )
+        return runs[0] if runs else None
+
+    def open(self, name: str, identity: Mapping[str, str], tags: Mapping[str, str], parent: str | None = None) -> Run:
+        """Find the run with the tags in `identity`, or make it. A run that did not finish is running again.
+
+        name: what people see in a list of runs.
+        identity: `nss.*` tags without their prefix that no other run shares.
+        tags: further tags, by their full names.
+        parent: run id of the run that this one is shown under.
+        """
+        own = {**tags, **{f"nss.{key}": value for key, value in identity.items()}}
+        if parent:
+            own["mlflow.parentRunId"] = parent
+        run = self.find(**identity)
+        if run is None:
+            return self.client.create_run(self.experiment_id, tags=own, run_name=name)
+        if run.info.status != "FINISHED":
+            self.client.log_batch(run.info.run_id, tags=[RunTag(key, str(value)) for key, value in own.items()])
+            self.client.update_run(run.info.run_id, status="RUNNING")
+        return self.client.get_run(run.info.run_id)
+
+    def end(self, run_id: str, status: End) -> None:
+        """End a run."""
+        self.client.set_terminated(run_id, status)
+
+    def log(
+        self,
+        run: Run,
+        *,
+        params: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        history: Sequence[Mapping[str, float]] = (),
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Log values; the same values again change nothing.
+
+        history: one mapping of metrics for each step, from step 1.
+        """
+        # A database takes an equal (name, step, time, value) once: the run's own start time makes logging repeatable.
+        when = run.info.start_time
+        points = [Metric(name, float(value), when, 0) for name, value in (metrics or {}).items()]
+        for step, row in enumerate(history, start=1):
+            points += [Metric(name, float(value), when, step) for name, value in row.items()]
+        pairs = [Param(name, str(value)[:_LONGEST_PARAM]) for name, value in (params or {}).items()]
+        marks = [RunTag(name, str(value)) for name, value in (tags or {}).items()]
+        for start in range(0, max(len(points), len(pairs), len(marks)), 100):
+            part = slice(start, start + 100)
+            self.client.log_batch(run.info.run_id, points[part], pairs[part], marks[part])
+
+    def log_data(self, run_id: str, name: str, source: Path, digest: str, context: str) -> None:
+        """Log which data set a run used, under DVC's hash."""
+        data = Dataset(name, digest[:_LONGEST_DIGEST], "local", source.as_uri())
+        self.client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", context)])])
+
+    def log_model(self, run_id: str, name: str, folder: Path, params: Mapping[str, Any]) -> str:
+        """Log a model folder as a logged model of the run, once; return its id.
+
+        `nss.load_model(mlflow.artifacts.download_artifacts(f"models:/{model_id}"))` gives it back.
+        """
+        outputs = self.client.get_run(run_id).outputs
+        if outputs and outputs.model_outputs:
+            return outputs.model_outputs[0].model_id
+        values = {key: str(value)[:_LONGEST_PARAM] for key, value in params.items()}
+        model = self.client.create_logged_model(self.experiment_id, name, run_id, params=values, model_type="nss")
+        self.client.log_model_artifacts(model.model_id, str(folder))
+        self.client.finalize_logged_model(model.model_id, "READY")
+        self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+        return model.model_id
+
+
+def tracking_uri(workspace: Workspace) -> str:
+    """Return MLFLOW_TRACKING_URI, or the workspace's own sqlite file."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}{workspace.store / 'tracking.db'}"
+
+
+def open_tracker(workspace: Workspace) -> Tracker:
+    """Connect to the workspace's tracking store, creating it when it is a database that does not exist yet.
+
+    Raises mlflow's own exceptions when the store cannot be reached.
+    """
+    return Tracker(tracking_uri(workspace), workspace.store / "artifacts")
+
+
+def create_database(path: Path, artifacts: Path) -> None:
+    """Create an sqlite store once, whole, whatever number of processes ask for it at the same time.
+
+    MLflow's clients each migrate an empty file, and four at once leave it broken for good: one makes it, under a lock
+    and another name.
+    """
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(".lock")):
+        if not path.exists():
+            with replacing(path) as part:
+                _experiment(MlflowClient(tracking_uri=f"{_SQLITE}{part}"), artifacts)
+
+
+def _experiment(client: MlflowClient, artifacts: Path | None) -> str:
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is not None:
+        return found.experiment_id
+    try:
+        return client.create_experiment(EXPERIMENT, artifact_location=artifacts and artifacts.as_uri())
+    except MlflowException:
+        # Somebody else may have made it in between.
+        found = client.get_experiment_by_name(EXPERIMENT)
+        if found is None:
+            raise
+        return found.experiment_id

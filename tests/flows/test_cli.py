@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nss.errors import BusyError, DataError, ParamsError
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "mlflow", "prefect", "dvc", "matplotlib", "sklearn", "nss")
+
+
+def nss(*arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from flows.cli import main; sys.exit(main())"
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "DVC_"))}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=cwd,
+        env=plain | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"} | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["data", "add", "--help"], ["doctor", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from flows.cli import main
+sys.argv = ["nss", *{arguments!r}]
+try:
+    main()
+finally:
+    sys.stderr.write(",".join(name for name in {HEAVY!r} if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Usage" in done.stdout
+
+
+def test_help_documents_the_exit_codes() -> None:
+    text = " ".join(nss("--help").stdout.split())
+    for words in (
+        "0 done",
+        "1 crashed",
+        "2 a mistake",
+        "75 somebody else",
+        "130 interrupted",
+        "143 stopped by SIGTERM",
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize("arguments", [["rum"], ["run", "--retries", "-1"], ["data", "add"]])
+def test_a_mistake_in_the_command_line_is_two_without_a_traceback(arguments: list[str]) -> None:
+    done = nss(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr
+
+
+@pytest.mark.parametrize("size", ["32", "32x", "0x32", "axb"])
+def test_a_wrong_size_says_what_is_allowed(size: str, tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    done = nss("data", "add", "x", "--resize", size, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "HEIGHTxWIDTH" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["data", "status"], ["stage", "base"]])
+def test_outside_of_a_workspace_is_a_mistake_that_is_explained(arguments: list[str], tmp_path: Path) -> None:
+    done = nss(*arguments, cwd=tmp_path, PREFECT_API_URL="http://127.0.0.1:9/api")
+    assert done.returncode == 2
+    assert "no workspace" in done.stderr
+    assert "change into the repository" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_stage_names_those_there_are() -> None:
+    done = nss("stage", "bse")
+    assert done.returncode == 2
+    assert "there is no stage 'bse'" in done.stderr
+    assert "base, profile, slice, evaluate" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(DataError("bad", ["one", "two"]), 2), (ParamsError("bad"), 2), (BusyError("in use"), 75)]
+)
+def test_errors_of_ours_are_a_message_and_a_code(error: Exception, code: int, monkeypatch, capsys) -> None:
+    from flows import cli
+
+    def fail(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert cli.main() == code
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_other_errors_keep_their_traceback(monkeypatch) -> None:
+    from flows import cli
+
+    def fail(**_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    """An empty workspace with the parameters of the repository."""
+    root = tmp_path / "workspace"
+    (root / ".dvc").mkdir(parents=True)
+    (root / ".dvc" / "config").write_text("[core]\n    analytics = false\n    autostage = false\n")
+    for name in ("params.yaml", "dvc.yaml", "data.dvc"):
+        (root / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+    return root
+
+
+def test_the_demo_data_is_what_data_dvc_names_and_leaves_it_alone(workspace: Path) -> None:
+    before = (workspace / "data.dvc").read_bytes()
+    done = nss("data", "demo", "--json", cwd=workspace)
+    assert (done.returncode, json.loads(done.stdout)["images"]) == (0, 1797), done.stderr
+    assert (workspace / "data.dvc").read_bytes() == before
+    status = json.loads(nss("data", "status", "--json", cwd=workspace).stdout)
+    assert status["committed"] is True
+    assert status["md5"] in before.decode()
+    assert sum(status["images"].values()) == 1797
+    again = nss("data", "demo", cwd=workspace)
+    assert again.stdout.startswith("nothing new")
+
+
+def test_a_batch_is_added_and_committed_in_one_go(workspace: Path, make_folder) -> None:
+    (workspace / "data.dvc").unlink()
+    done = nss("data", "add", str(make_folder(workspace.parent / "photos", each=3)), "--json", cwd=workspace)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["new_classes"] == ["cat", "dog"]
+    assert json.loads(nss("data", "status", "--json", cwd=workspace).stdout)["committed"] is True
+    text = nss("data", "status", cwd=workspace).stdout
+    assert "2 classes, images 3 x 4 x 4" in text or "2 classes, images 1 x 4 x 4" in text
+
+
+def test_bad_input_lists_everything_and_changes_nothing(workspace: Path, make_folder, save_picture) -> None:
+    folder = make_folder(workspace.parent / "photos")
+    (folder / "cat" / "broken.png").write_bytes(b"\x89PNG not really")
+    (folder / "dog" / "text.png").write_text("hello")
+    (folder / "empty").mkdir()
+    save_picture(folder / "dog" / "large.png", 7, (9, 9))
+    before = (workspace / "data.dvc").read_bytes()
+    done = nss("data", "add", str(folder), cwd=workspace)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for name in ("broken.png", "text.png", "empty", "large.png"):
+        assert name in done.stderr
+    assert (workspace / "data.dvc").read_bytes() == before
+    assert not (workspace / "data").exists()
+
+
+def test_doctor_finds_all_that_is_wrong_at_once(workspace: Path) -> None:
+    (workspace / "params.yaml").write_text("base: 1\n")
+    done = nss("doctor", "--json", cwd=workspace, PREFECT_API_URL="http://127.0.0.1:9/api")
+    assert done.returncode == 1, done.stderr
+    found = {row["check"]: row for row in json.loads(done.stdout)}
+    assert {name for name, row in found.items() if not row["ok"]} == {"parameters", "data", "prefect"}
+    assert "base: 1 is not allowed" in found["parameters"]["found"]
+    assert "prefect server start" in found["prefect"]["fix"]
+    assert str(workspace) in found["tracking"]["found"]
+
+
+def test_doctor_says_ok_where_nothing_is_wrong(workspace: Path) -> None:
+    for folder in ("nss", "tasks"):
+        (workspace / folder).symlink_to(ROOT / folder)
+    nss("data", "demo", cwd=workspace)
+    done = nss("doctor", cwd=workspace)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["ok"] * 8
+    assert "1797 images of 10 classes" in done.stdout

@@ -1,0 +1,92 @@
+"""dvc.yaml against the sources: a stage depends on exactly the code that it runs."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from tasks.params import Params, load_params
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+# They decide where things lie, whether settings are allowed and what is logged: nothing in a stage's outputs.
+PLUMBING = {"tasks/params.py", "tasks/workspace.py"}
+
+
+def imported(source: str) -> set[str]:
+    """Names of modules that a source imports when it runs, at its top or inside functions."""
+    names: set[str] = set()
+    for node in running(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def running(node: ast.AST) -> Iterator[ast.AST]:
+    """Walk over all nodes but those under `if TYPE_CHECKING:`."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING"):
+            yield from running(child)
+
+
+def closure(root: Path, start: str) -> set[str]:
+    """Files under nss/ and tasks/ that `start` reaches, itself included, plumbing and package __init__ left out."""
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        path = waiting.pop()
+        if path in found or path in PLUMBING:
+            continue
+        found.add(path)
+        for name in imported((root / path).read_text(encoding="utf-8")):
+            file = name.replace(".", "/") + ".py"
+            if name.split(".")[0] in ("nss", "tasks") and (root / file).is_file():
+                waiting.append(file)
+    # Factories are imported by name: the zoo's are ours.
+    return found | ({"nss/zoo.py"} if "nss/model.py" in found else set())
+
+
+@pytest.mark.parametrize("verb", STAGES)
+def test_a_stage_depends_on_exactly_the_code_it_runs(verb: str) -> None:
+    listed = {dep for dep in STAGES[verb]["deps"] if dep.endswith(".py")}
+    needed = closure(ROOT, f"tasks/{verb}.py")
+    assert sorted(needed - listed) == [], "dvc.yaml lacks these"
+    assert sorted(listed - needed) == [], "dvc.yaml lists these, which the stage does not run"
+
+
+def test_stages_have_a_params_group_a_command_and_an_output_of_their_name() -> None:
+    assert list(STAGES) == list(Params.model_fields) == ["base", "profile", "slice", "evaluate"]
+    for verb, stage in STAGES.items():
+        assert (stage["cmd"], stage["params"], stage["outs"]) == (f"nss stage {verb}", [verb], [f"artifacts/{verb}"])
+
+
+def test_the_module_behind_slice_is_no_dependency_of_what_comes_before() -> None:
+    assert [verb for verb in STAGES if "nss/slice.py" in STAGES[verb]["deps"]] == ["slice", "evaluate"]
+
+
+def test_what_stands_in_params_yaml_is_allowed() -> None:
+    assert load_params(ROOT / "params.yaml").base.factory == "nss.zoo:vgg_small"
+
+
+def test_the_closure_follows_imports_in_functions_and_leaves_out_types_and_plumbing(tmp_path: Path) -> None:
+    files = {
+        "tasks/x.py": "from nss.a import f\nfrom tasks.params import P\nimport json\n",
+        "nss/a.py": "if TYPE_CHECKING:\n    from nss.c import C\ndef f():\n    import nss.b\n",
+        "nss/b.py": "from nss import d\n",
+        "nss/c.py": "",
+        "nss/d.py": "",
+        "nss/__init__.py": "from nss.c import C\n",
+        "tasks/params.py": "import nss.c\n",
+    }
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert closure(tmp_path, "tasks/x.py") == {"tasks/x.py", "nss/a.py", "nss/b.py", "nss/d.py"}

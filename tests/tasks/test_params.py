@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from nss.critical import RULES
+from nss.errors import ParamsError
+from nss.profile import METRICS
+from nss.slice import LINKAGES
+from tasks.params import Linkage, Metric, Rule, load_params
+
+GOOD: dict[str, dict[str, str]] = {
+    "base": {
+        "factory": "nss.zoo:lenet",
+        "arguments": "{}",
+        "packages": "[]",
+        "epochs": "3",
+        "batch_size": "64",
+        "learning_rate": "5e-2",
+        "weight_decay": "0",
+        "seed": "0",
+    },
+    "profile": {"metrics": "[avg, taylor]", "split": "train", "samples_per_class": "null", "batch_size": "128"},
+    "slice": {
+        "metric": "taylor",
+        "rule": "cumulative",
+        "threshold": "1",
+        "n_slices": "null",
+        "distance_threshold": "0.5",
+        "linkage": "average",
+    },
+    "evaluate": {"split": "test", "batch_size": "500"},
+}
+
+
+def write(path: Path, changes: dict[str, str | None] | None = None) -> Path:
+    """params.yaml with keys like "slice.threshold" set to a text, or left out for None."""
+    groups = {group: dict(keys) for group, keys in GOOD.items()}
+    for name, value in (changes or {}).items():
+        group, _, key = name.partition(".")
+        if not key:
+            groups.pop(group)
+        elif value is None:
+            groups[group].pop(key)
+        else:
+            groups[group][key] = value
+    lines = [
+        line for group, keys in groups.items() for line in (f"{group}:", *(f"  {k}: {v}" for k, v in keys.items()))
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def problems(path: Path) -> tuple[str, ...]:
+    with pytest.raises(ParamsError) as caught:
+        load_params(path)
+    assert str(path) in str(caught.value)
+    return caught.value.problems
+
+
+def test_good_parameters_are_read_with_their_types(tmp_path: Path) -> None:
+    params = load_params(write(tmp_path / "params.yaml"))
+    # 5e-2 without a dot is a number for DVC's parser, and must be for ours.
+    assert params.base.learning_rate == 0.05
+    assert params.slice.threshold == 1.0
+    assert params.profile.samples_per_class is None
+    assert params.group("evaluate").model_dump() == {"split": "test", "batch_size": 500}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown", "allowed"),
+    [
+        ("base.epochs", "0", "0", "a whole number from 1 to 10000"),
+        ("base.epochs", "2.5", "2.5", "a whole number from 1 to 10000"),
+        ("base.batch_size", "true", "True", "a whole number from 1 to 1000000"),
+        ("base.learning_rate", "0", "0", "a number above 0, at most 100"),
+        ("base.learning_rate", ".nan", "nan", "a number above 0, at most 100"),
+        ("base.weight_decay", ".inf", "inf", "a number from 0 to 1"),
+        ("base.seed", "'0'", "'0'", "a whole number from 0 to 4294967295"),
+        ("base.factory", "nss.zoo.lenet", "'nss.zoo.lenet'", "module:callable, for example nss.zoo:vgg_small"),
+        ("base.factory", "os:system; rm", "'os:system; rm'", "module:callable, for example nss.zoo:vgg_small"),
+        ("base.arguments", "[1]", "[1]", "keyword arguments of the factory, as a mapping"),
+        ("profile.metrics", "[]", "[]", "a list of some of avg, var, ens, taylor, deeplift"),
+        ("profile.metrics", "taylor", "'taylor'", "a list of some of avg, var, ens, taylor, deeplift"),
+        ("profile.split", "test", "'test'", "train or val"),
+        ("profile.samples_per_class", "0", "0", "a whole number from 1, or null for all"),
+        ("slice.rule", "cum", "'cum'", "cumulative, score, energy, category or global"),
+        ("slice.threshold", "1.5", "1.5", "a number above 0, at most 1"),
+        ("slice.threshold", "0", "0", "a number above 0, at most 1"),
+        ("slice.n_slices", "1.0", "1.0", "a whole number from 1, or null"),
+        ("slice.distance_threshold", "-0.1", "-0.1", "a number from 0 to 1, or null"),
+        ("slice.linkage", "ward", "'ward'", "average, complete or single"),
+        ("evaluate.split", "train", "'train'", "val or test"),
+    ],
+)
+def test_a_wrong_value_names_the_key_the_value_and_what_is_allowed(
+    tmp_path: Path, key: str, value: str, shown: str, allowed: str
+) -> None:
+    found = problems(write(tmp_path / "params.yaml", {key: value}))
+    assert found == (f"{key}: {shown} is not allowed; allowed: {allowed}",)
+
+
+def test_a_wrong_item_of_a_list_is_named_by_its_place(tmp_path: Path) -> None:
+    (problem,) = problems(write(tmp_path / "params.yaml", {"profile.metrics": "[taylor, vra]"}))
+    assert (
+        problem == "profile.metrics.1: 'vra' is not allowed; allowed: a list of some of avg, var, ens, taylor, deeplift"
+    )
+
+
+def test_an_unknown_key_names_the_closest_and_all_allowed_ones(tmp_path: Path) -> None:
+    (problem,) = problems(write(tmp_path / "params.yaml", {"slice.treshold": "0.9"}))
+    assert problem == (
+        "slice.treshold: no such key (did you mean threshold?); allowed: "
+        "metric, rule, threshold, n_slices, distance_threshold, linkage"
+    )
+
+
+def test_an_unknown_key_like_no_other_gets_no_guess(tmp_path: Path) -> None:
+    (problem,) = problems(write(tmp_path / "params.yaml", {"evaluate.zzz": "1"}))
+    assert problem == "evaluate.zzz: no such key; allowed: split, batch_size"
+
+
+def test_a_missing_key_and_a_missing_group_say_what_belongs_there(tmp_path: Path) -> None:
+    found = problems(write(tmp_path / "params.yaml", {"slice.threshold": None, "evaluate": None}))
+    assert found == (
+        "slice.threshold: missing; allowed: a number above 0, at most 1",
+        "evaluate: missing; allowed: a mapping with the keys split, batch_size",
+    )
+
+
+def test_all_mistakes_are_listed_at_once(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"base.epochs": "0", "slice.rule": "x", "evaluate.split": "all"}
+    assert [line.split(":")[0] for line in problems(write(tmp_path / "params.yaml", changes))] == list(changes)
+
+
+def test_a_group_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "params.yaml", {"evaluate": None})
+    path.write_text(path.read_text() + "evaluate: 3\n")
+    assert problems(path) == ("evaluate: 3 is not allowed; allowed: a mapping with the keys split, batch_size",)
+
+
+def test_a_metric_that_is_not_gathered_cannot_be_sliced_by(tmp_path: Path) -> None:
+    (problem,) = problems(write(tmp_path / "params.yaml", {"slice.metric": "var"}))
+    assert problem == "slice.metric: 'var' is not gathered; allowed: one of profile.metrics (avg, taylor)"
+
+
+def test_two_ways_to_cut_the_tree_at_once_are_refused(tmp_path: Path) -> None:
+    (problem,) = problems(write(tmp_path / "params.yaml", {"slice.n_slices": "4"}))
+    assert problem == "slice: n_slices and distance_threshold are both given; allowed: one of them, the other null"
+
+
+def test_a_metric_named_twice_is_refused(tmp_path: Path) -> None:
+    (problem,) = problems(write(tmp_path / "params.yaml", {"profile.metrics": "[taylor, taylor]"}))
+    assert problem == "profile.metrics: ['taylor', 'taylor'] names one twice; allowed: each once"
+
+
+def test_a_key_written_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("base:\n  epochs: 1\n  epochs: 2\n")
+    found = "\n".join(problems(path))
+    assert 'found duplicate key "epochs" with value "2" (original value: "1")' in found
+    assert "line 3" in found
+    assert "http" not in found
+
+
+@pytest.mark.parametrize("text", ["base: [", "a: b: c", "\tbase: 1"])
+def test_broken_yaml_is_refused_with_the_place(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    assert any("line 1" in line for line in problems(path))
+
+
+@pytest.mark.parametrize("text", ["", "- base\n", "3\n"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ParamsError, match=r"not a mapping of groups\n.*\n  allowed: base, profile, slice, evaluate"):
+        load_params(path)
+
+
+def test_what_is_allowed_is_what_nss_knows() -> None:
+    assert get_args(Metric) == METRICS
+    assert get_args(Rule) == tuple(RULES)
+    assert get_args(Linkage) == LINKAGES
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match=r"params.yaml is missing\n  where: .*params.yaml"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(b"base: \xff\xfe")
+    with pytest.raises(ParamsError, match="not readable"):
+        load_params(path)

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from tasks import pictures
+
+TREE = np.array([[0, 2, 0.2, 2], [1, 3, 0.4, 2], [4, 5, 0.8, 4]])
+CLASSES = ["cat", "car", "dog", "bus"]
+SLICES = {"slice-0": ("cat", "dog"), "slice-1": ("car", "bus")}
+
+
+def texts(axis) -> list[str]:
+    return [label.get_text() for label in axis]
+
+
+def shown(axis) -> list:
+    """Labels of the ticks that are drawn: matplotlib keeps some beyond the limits."""
+    low, high = sorted(axis.get_view_interval())
+    return [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+
+
+def many(count: int) -> tuple[np.ndarray, list[str], dict[str, list[str]]]:
+    """A chain of merges, names, and slices of five."""
+    rows = [[0 if row == 0 else count + row - 1, row + 1, 0.1 + row / count, row + 2] for row in range(count - 1)]
+    names = [f"category number {number}" for number in range(count)]
+    return np.array(rows, dtype=float), names, {f"s{at}": names[at : at + 5] for at in range(0, count, 5)}
+
+
+def renders(figure: Figure) -> None:
+    """No label lies outside of the picture, and it is not blank."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    width, height = canvas.get_width_height()
+    for axes in figure.axes:
+        for label in [*shown(axes.xaxis), *shown(axes.yaxis), axes.title]:
+            box = label.get_window_extent(renderer)
+            assert box.x0 >= -1, label
+            assert box.y0 >= -1, label
+            assert box.x1 <= width + 1, label
+            assert box.y1 <= height + 1, label
+    assert len(np.unique(np.asarray(canvas.buffer_rgba())[..., :3].reshape(-1, 3), axis=0)) > 2
+
+
+def test_the_dendrogram_puts_merged_categories_side_by_side_in_one_colour() -> None:
+    figure = pictures.dendrogram(TREE, CLASSES, SLICES)
+    (axes,) = figure.axes
+    assert texts(axes.get_yticklabels()) == ["cat", "dog", "car", "bus"]
+    colours = [label.get_color() for label in axes.get_yticklabels()]
+    assert colours[0] == colours[1] != colours[2] == colours[3]
+    assert [line.get_xdata().max() for line in axes.get_lines()] == [0.2, 0.4, 0.8]
+    assert [line.get_color() for line in axes.get_lines()][:2] == [colours[0], colours[2]]
+    assert axes.get_lines()[2].get_color() not in colours
+    renders(figure)
+
+
+def test_the_overlap_is_one_minus_the_distance_in_the_order_of_the_tree_with_slices_framed() -> None:
+    distances = np.array([[0, 0.8, 0.2, 0.9], [0.8, 0, 0.7, 0.4], [0.2, 0.7, 0, 0.6], [0.9, 0.4, 0.6, 0]])
+    figure = pictures.overlap(distances, TREE, CLASSES, SLICES)
+    axes = figure.axes[0]
+    assert texts(axes.get_xticklabels()) == texts(axes.get_yticklabels()) == ["cat", "dog", "car", "bus"]
+    shown = axes.images[0].get_array()
+    assert shown[0, 1] == pytest.approx(0.8)
+    assert shown[0, 3] == pytest.approx(0.1)
+    assert "0.80" in texts(axes.texts)
+    assert [(frame.get_x(), frame.get_width()) for frame in axes.patches] == [(-0.5, 2), (1.5, 2)]
+    renders(figure)
+
+
+def test_kept_neurons_stand_before_all_there_are() -> None:
+    figure = pictures.kept_neurons({"a": {"c1": 3, "c2": 5}, "b": {"c1": 2, "c2": 8}}, {"c1": 4, "c2": 8})
+    (axes,) = figure.axes
+    assert [[bar.get_height() for bar in group] for group in axes.containers] == [[4, 8], [3, 5], [2, 8]]
+    assert texts(axes.get_legend().get_texts()) == ["all neurons", "a", "b"]
+    assert texts(axes.get_xticklabels()) == ["c1", "c2"]
+    renders(figure)
+
+
+def test_many_slices_are_drawn_as_mean_and_range() -> None:
+    kept = {f"slice-{number}": {"c1": number} for number in range(20)}
+    figure = pictures.kept_neurons(kept, {"c1": 32})
+    (axes,) = figure.axes
+    assert "mean and range of 20 slices" in texts(axes.get_legend().get_texts())
+    assert 9.5 in [bar.get_height() for bar in axes.patches]
+    renders(figure)
+
+
+def test_the_training_curve_shows_loss_and_both_accuracies() -> None:
+    rows = [{"epoch": n, "loss": 1 / n, "train_accuracy": 0.5, "val_accuracy": 0.25 * n} for n in (1, 2, 3)]
+    figure = pictures.training_curve(rows)
+    left, right = figure.axes
+    assert list(left.get_lines()[0].get_ydata()) == [1, 1 / 2, 1 / 3]
+    assert texts(right.get_legend().get_texts()) == ["train accuracy", "val accuracy"]
+    assert right.get_title(loc="left") == "accuracy, at last 75.0% on validation"
+    renders(figure)
+
+
+def test_confusion_shows_shares_of_rows_and_survives_a_class_without_images() -> None:
+    figure = pictures.confusion(np.array([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), ["a", "b", "c"])
+    axes = figure.axes[0]
+    assert axes.images[0].get_array().tolist() == [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]]
+    assert texts(axes.texts)[:2] == ["75%", "25%"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "actual")
+    renders(figure)
+
+
+def test_the_worst_class_is_on_top_and_alone_in_its_colour() -> None:
+    figure = pictures.class_accuracy({"a": 0.9, "b": 0.5, "c": 0.7}, 0.7)
+    (axes,) = figure.axes
+    assert texts(axes.get_yticklabels()) == ["b", "c", "a"]
+    colours = [bar.get_facecolor() for bar in axes.patches]
+    assert colours[0] != colours[1] == colours[2]
+    assert axes.get_title(loc="left") == "worst class b 50.0%, overall 70.0%"
+    renders(figure)
+
+
+@pytest.mark.parametrize("count", [2, 10, 100])
+def test_pictures_of_few_and_many_categories_lose_no_label(count: int) -> None:
+    tree, names, slices = many(count)
+    figures = [
+        pictures.dendrogram(tree, names, slices),
+        pictures.overlap(np.full((count, count), 0.5), tree, names, slices),
+        pictures.confusion(np.eye(count), names),
+        pictures.class_accuracy(dict.fromkeys(names, 0.5), 0.5),
+    ]
+    for figure in figures:
+        assert set(texts(figure.axes[0].get_yticklabels())) == set(names)
+        renders(figure)
+
+
+def test_a_single_category_has_a_tree_without_branches() -> None:
+    figure = pictures.dendrogram(np.zeros((0, 4)), ["only"], {"slice-0": ["only"]})
+    assert texts(figure.axes[0].get_yticklabels()) == ["only"]
+    assert not figure.axes[0].get_lines()

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nss.errors import BusyError, StageError
+from tasks.pipeline import Pipeline
+from tasks.workspace import Workspace
+
+
+def runs(toy: Workspace) -> int:
+    log = toy.root / "count.log"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def test_stages_come_after_what_they_depend_on(toy: Workspace) -> None:
+    assert Pipeline(toy).stages() == ("first", "second")
+
+
+def test_a_first_reproduction_executes_and_a_second_finds_all_there(toy: Workspace) -> None:
+    pipeline = Pipeline(toy)
+    assert not pipeline.is_clean("first")
+    assert pipeline.reproduce("first") == "executed"
+    pipeline.reproduce("second")
+    assert (toy.root / "second.txt").read_text() == "one\n"
+    assert pipeline.is_clean("first")
+    assert pipeline.reproduce("first") == "cached"
+    assert runs(toy) == 1
+
+
+def test_a_deleted_output_is_restored_without_running(toy: Workspace) -> None:
+    pipeline = Pipeline(toy)
+    pipeline.reproduce("first")
+    (toy.root / "first.txt").unlink()
+    assert pipeline.reproduce("first") == "restored"
+    assert (toy.root / "first.txt").read_text() == "one\n"
+    assert runs(toy) == 1
+
+
+def test_an_input_set_back_is_restored_without_running(toy: Workspace) -> None:
+    pipeline = Pipeline(toy)
+    pipeline.reproduce("first")
+    (toy.root / "in.txt").write_text("two\n")
+    assert pipeline.reproduce("first") == "executed"
+    (toy.root / "in.txt").write_text("one\n")
+    assert pipeline.reproduce("first") == "restored"
+    assert runs(toy) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "part"),
+    [
+        ("in.txt", "two\n", None),
+        ("code.py", "x = 2\n", "code"),
+        ("params.yaml", "group: {a: 2}\nother: {b: 2}\n", "params"),
+    ],
+)
+def test_the_key_changes_with_what_the_stage_depends_on(toy: Workspace, name: str, text: str, part: str | None) -> None:
+    before = Pipeline(toy).stage_key("first")
+    (toy.root / name).write_text(text)
+    after = Pipeline(toy).stage_key("first")
+    assert before.digest != after.digest
+    changed = {key for key in ("data", "code", "params") if getattr(before, key) != getattr(after, key)}
+    assert changed == ({part} if part else set())
+
+
+def test_the_key_changes_with_the_command(toy: Workspace, command) -> None:
+    before = Pipeline(toy).stage_key("first")
+    command(toy.root, "cat in.txt > first.txt")
+    assert Pipeline(toy).stage_key("first").digest != before.digest
+
+
+def test_the_key_keeps_with_time_other_groups_and_the_place(toy: Workspace, tmp_path: Path) -> None:
+    before = Pipeline(toy).stage_key("first")
+    os.utime(toy.root / "in.txt", (1, 1))
+    (toy.root / "params.yaml").write_text("other: {b: 3}\ngroup: {a: 1}\n")
+    assert Pipeline(toy).stage_key("first") == before
+    Pipeline(toy).reproduce("first")
+    assert Pipeline(toy).stage_key("first") == before
+    moved = shutil.copytree(toy.root, tmp_path / "elsewhere")
+    assert Pipeline(Workspace(moved)).stage_key("first") == before
+
+
+def test_a_missing_input_is_named(toy: Workspace) -> None:
+    (toy.root / "in.txt").unlink()
+    with pytest.raises(StageError, match=r"in\.txt"):
+        Pipeline(toy).stage_key("first")
+
+
+def test_a_failing_stage_shows_the_end_of_what_it_printed(toy: Workspace, command, capfd) -> None:
+    command(toy.root, 'for i in $(seq 50); do echo "line $i" >> "$NSS_STAGE_LOG"; done; exit 3')
+    with pytest.raises(StageError) as caught:
+        Pipeline(toy).reproduce("first")
+    message = str(caught.value)
+    assert "the stage 'first' failed with exit code 3" in message
+    assert "  | line 50" in message
+    assert "line 20\n" not in message
+    assert capfd.readouterr() == ("", "")
+
+
+def test_ctrl_c_in_a_stage_is_ctrl_c_here(toy: Workspace, command) -> None:
+    command(toy.root, "exit 130")
+    with pytest.raises(KeyboardInterrupt):
+        Pipeline(toy).reproduce("first")
+
+
+def test_a_stage_gets_this_interpreters_programs_and_the_environment_asked_for(toy: Workspace, command) -> None:
+    command(toy.root, 'command -v python > first.txt; echo "$WORD" >> first.txt')
+    Pipeline(toy).reproduce("first", {"WORD": "hello"})
+    program, word = (toy.root / "first.txt").read_text().split()
+    assert (Path(program).parent, word) == (Path(sys.executable).parent, "hello")
+    assert "WORD" not in os.environ
+
+
+def test_a_folder_without_dvc_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="dvc init"):
+        Pipeline(Workspace(tmp_path)).stages()
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+def start(toy: Workspace, script: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], cwd=toy.root)
+
+
+def test_a_stage_that_somebody_else_runs_is_busy_and_the_holder_is_named(toy: Workspace, command) -> None:
+    command(toy.root, "touch started; while [ ! -e go ]; do sleep 0.05; done; cat in.txt > first.txt")
+    other = subprocess.Popen(["dvc", "repro", "-q", "first"], cwd=toy.root, env=os.environ | {"PATH": path_of_ours()})
+    try:
+        wait_for(toy.root / "started")
+        with pytest.raises(BusyError, match=rf"in use by process {other.pid} \(.*dvc.*repro"):
+            Pipeline(toy).reproduce("first")
+    finally:
+        (toy.root / "go").touch()
+        other.wait()
+    assert other.returncode == 0
+    assert Pipeline(toy).reproduce("first") == "cached"
+
+
+def path_of_ours() -> str:
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+def test_a_stage_ends_with_the_process_that_is_told_to_stop(toy: Workspace, command) -> None:
+    command(toy.root, "echo $$ > pid; touch started; sleep 600")
+    script = """
+        import signal
+        from pathlib import Path
+        from tasks.pipeline import Pipeline
+        from tasks.workspace import Workspace
+
+        class Stop(BaseException): ...
+
+        def stop(*_):
+            raise Stop
+
+        signal.signal(signal.SIGTERM, stop)
+        Pipeline(Workspace(Path.cwd())).reproduce("first")
+    """
+    process = start(toy, script)
+    wait_for(toy.root / "started")
+    shell = psutil.Process(int((toy.root / "pid").read_text()))
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    assert not shell.is_running()
+
+
+def test_data_that_dvc_knows_is_committed_only_when_it_changed(toy: Workspace) -> None:
+    pipeline = Pipeline(toy)
+    assert pipeline.has_changed_data() is None
+    toy.data.mkdir()
+    (toy.data / "x").write_text("1")
+    pipeline.add_data()
+    assert pipeline.has_changed_data() is False
+    pointer = toy.root / "data.dvc"
+    before = pointer.read_bytes(), pointer.stat().st_mtime_ns
+    pipeline.add_data()
+    assert (pointer.read_bytes(), pointer.stat().st_mtime_ns) == before
+    (toy.data / "x").write_text("2")
+    assert pipeline.has_changed_data() is True
+    pipeline.add_data()
+    assert pipeline.has_changed_data() is False
+    assert pointer.read_bytes() != before[0]
+    shutil.rmtree(toy.data)
+    pipeline.restore_data()
+    assert (toy.data / "x").read_text() == "2"

@@ -1,0 +1,156 @@
+"""The runs of stages, made from outputs that were written by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nss.files import write_json
+from nss.slice import SemanticSlice, SemanticSlices
+from tasks import journal
+from tasks.params import BaseParams, EvaluateParams, Params, ProfileParams, SliceParams
+from tasks.pipeline import StageKey
+from tasks.tables import write_csv
+from tasks.tracking import Tracker
+from tasks.workspace import Workspace
+
+KEY = StageKey("a" * 32, "d" * 32, "c" * 32, "p" * 32)
+PARAMS = Params(
+    base=BaseParams(
+        factory="nss.zoo:lenet",
+        arguments={},
+        packages=[],
+        epochs=2,
+        batch_size=8,
+        learning_rate=0.1,
+        weight_decay=0,
+        seed=3,
+    ),
+    profile=ProfileParams(metrics=["taylor"], split="train", samples_per_class=None, batch_size=8),
+    slice=SliceParams(
+        metric="taylor", rule="cumulative", threshold=0.9, n_slices=2, distance_threshold=None, linkage="average"
+    ),
+    evaluate=EvaluateParams(split="test", batch_size=8),
+)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    """Outputs of all four stages: three classes, two slices, one layer of four neurons."""
+    workspace = Workspace(tmp_path / "workspace")
+    base, profile, cut, evaluate = (workspace.out(verb) for verb in Params.model_fields)
+    write_json(base / "metrics.json", {"loss": 0.1, "val_accuracy": 0.75})
+    write_csv(
+        base / "history.csv",
+        ["epoch", "loss", "train_accuracy", "val_accuracy"],
+        [(1, 1.0, 0.5, 0.5), (2, 0.1, 1, 0.75)],
+    )
+    write_json(base / "model" / "model.json", {})
+    write_json(profile / "metrics.json", {"neurons": 4})
+    masks = [torch.tensor([True, True, False, False]), torch.tensor([False, True, True, True])]
+    parts = (
+        SemanticSlice("slice-0", ("a", "c"), (0, 2), {"conv": masks[0]}),
+        SemanticSlice("slice-1", ("b",), (1,), {"conv": masks[1]}),
+    )
+    tree = np.array([[0, 2, 0.2, 2], [1, 3, 0.6, 3]])
+    SemanticSlices(("a", "b", "c"), parts, np.full((3, 3), 0.5), tree).save(cut / "slices.json")
+    write_csv(
+        cut / "neurons.csv", ["slice", "layer", "kept", "total"], [("slice-0", "conv", 2, 4), ("slice-1", "conv", 3, 4)]
+    )
+    scores = [
+        {"name": "slice-0", "categories": ["a", "c"], "recall": 0.9, "false_positive_rate": 0.2, "parameters": 7},
+        {"name": "slice-1", "categories": ["b"], "recall": 0.8, "false_positive_rate": 0.1, "parameters": 9},
+    ]
+    write_json(cut / "slices_val.json", {"vote_accuracy": 0.7, "told_accuracy": 0.9, "slices": scores})
+    write_json(cut / "metrics.json", {"slices": 2})
+    for part in parts:
+        write_json(cut / "models" / part.name / "model.json", {"name": part.name})
+    write_json(evaluate / "metrics.json", {"accuracy": 0.5, "worst_accuracy": 0.0})
+    write_csv(evaluate / "per_class.csv", ["class", "accuracy"], [("a", 1.0), ("b", 0.0), ("c", 0.5)])
+    write_csv(evaluate / "confusion.csv", ["actual", "predicted"], [("a", "a"), ("b", "c"), ("c", "c"), ("c", "a")])
+    return workspace
+
+
+def fill(tracker: Tracker, workspace: Workspace, verb: str, parent: str | None = None) -> str:
+    return journal.backfill(tracker, workspace, PARAMS, verb, KEY, parent)
+
+
+def runs(tracker: Tracker) -> list:
+    return list(tracker.client.search_runs([tracker.experiment_id]))
+
+
+def test_a_stages_run_is_made_up_from_disk_with_parameters_metrics_tags_and_tables(tracker, workspace) -> None:
+    run = tracker.client.get_run(fill(tracker, workspace, "base", "cycle-id"))
+    assert run.info.status == "FINISHED"
+    assert (run.data.params["seed"], run.data.params["factory"]) == ("3", "nss.zoo:lenet")
+    assert run.data.metrics["val_accuracy"] == 0.75
+    expected = {
+        "mlflow.parentRunId": "cycle-id",
+        "nss.kind": "stage",
+        "nss.stage": "base",
+        "nss.stage_key": KEY.digest,
+        "nss.params_digest": KEY.params,
+        "nss.code_digest": KEY.code,
+        "nss.data_md5": "unknown",
+        "nss.git_sha": "unknown",
+    }
+    assert expected.items() <= run.data.tags.items()
+    losses = tracker.client.get_metric_history(run.info.run_id, "epoch_loss")
+    assert [(each.step, each.value) for each in losses] == [(1, 1.0), (2, 0.1)]
+    files = {file.path for file in tracker.client.list_artifacts(run.info.run_id)}
+    assert files == {"metrics.json", "history.csv", "training.png"}
+
+
+@pytest.mark.parametrize("verb", list(Params.model_fields))
+def test_making_a_run_up_twice_makes_one(tracker, workspace, verb: str) -> None:
+    first = fill(tracker, workspace, verb)
+    count = len(runs(tracker))
+    assert fill(tracker, workspace, verb) == first
+    assert len(runs(tracker)) == count == (3 if verb == "slice" else 1)
+
+
+def test_each_slice_has_a_run_under_the_stages_with_its_figures_and_its_model(tracker, workspace) -> None:
+    parent = fill(tracker, workspace, "slice")
+    run = tracker.find(slice="slice-0", parent_key=KEY.digest)
+    assert run.info.run_name == "slice-0"
+    assert run.data.tags["mlflow.parentRunId"] == parent
+    assert run.data.params == {"categories": "a, c"}
+    assert run.data.metrics == {
+        "neurons_kept": 2,
+        "neurons_total": 4,
+        "kept/conv": 2,
+        "recall": 0.9,
+        "false_positive_rate": 0.2,
+        "parameters": 7,
+    }
+    (output,) = run.outputs.model_outputs
+    model = tracker.client.get_logged_model(output.model_id)
+    assert (model.name, str(model.status), model.params["categories"]) == ("slice-0", "READY", "a, c")
+
+
+def test_a_slices_run_is_never_taken_for_its_stages(tracker, workspace) -> None:
+    parent = fill(tracker, workspace, "slice")
+    assert tracker.find(stage="slice", stage_key=KEY.digest).info.run_id == parent
+
+
+def test_logging_that_broke_off_is_completed_without_a_second_run(tracker, workspace, monkeypatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker, "log_model", full)
+        with pytest.raises(OSError, match="full"):
+            fill(tracker, workspace, "slice")
+    assert sorted(run.info.status for run in runs(tracker)) == ["RUNNING", "RUNNING"]
+    fill(tracker, workspace, "slice")
+    assert [run.info.status for run in runs(tracker)] == ["FINISHED"] * 3
+
+
+def test_confusion_and_class_accuracies_of_the_evaluation_are_logged(tracker, workspace) -> None:
+    run = tracker.client.get_run(fill(tracker, workspace, "evaluate"))
+    assert {name: run.data.metrics[f"class/{name}"] for name in "abc"} == {"a": 1, "b": 0, "c": 0.5}
+    files = {file.path for file in tracker.client.list_artifacts(run.info.run_id)}
+    assert {"confusion.png", "class_accuracy.png", "per_class.csv"} <= files

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from tasks.tracking import Tracker, create_database, tracking_uri
+from tasks.workspace import Workspace
+
+
+def all_runs(tracker: Tracker) -> list:
+    return list(tracker.client.search_runs([tracker.experiment_id]))
+
+
+def test_four_processes_at_once_on_no_database_all_succeed(tmp_path: Path) -> None:
+    script = """
+        import sys
+        import time
+        from pathlib import Path
+        from tasks.tracking import Tracker
+
+        root = Path(sys.argv[1])
+        (root / f"ready-{sys.argv[2]}").touch()
+        while not (root / "go").exists():
+            time.sleep(0.001)
+        tracker = Tracker(f"sqlite:///{root / 'mlflow' / 'tracking.db'}", root / "artifacts")
+        run = tracker.open("base", {"stage": "base", "stage_key": sys.argv[2]}, {})
+        for step in range(20):
+            tracker.log(run, metrics={f"m{step}": step})
+        tracker.end(run.info.run_id, "FINISHED")
+    """
+    code = textwrap.dedent(script)
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(each)], stderr=subprocess.PIPE, text=True)
+        for each in range(4)
+    ]
+    while len(list(tmp_path.glob("ready-*"))) < 4:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+    (tmp_path / "go").touch()
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, errors
+    tracker = Tracker(f"sqlite:///{tmp_path / 'mlflow' / 'tracking.db'}", tmp_path / "artifacts")
+    runs = all_runs(tracker)
+    assert [(run.info.status, len(run.data.metrics)) for run in runs] == [("FINISHED", 20)] * 4
+
+
+def test_a_database_that_exists_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "tracking.db"
+    path.write_bytes(b"somebody's")
+    create_database(path, tmp_path / "artifacts")
+    assert path.read_bytes() == b"somebody's"
+
+
+def test_a_database_appears_only_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr("tasks.tracking._experiment", fail)
+    with pytest.raises(RuntimeError, match="killed"):
+        create_database(tmp_path / "tracking.db", tmp_path / "artifacts")
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_opening_twice_by_one_identity_gives_one_run(tracker: Tracker) -> None:
+    identity = {"stage": "base", "stage_key": "k"}
+    first = tracker.open("base", identity, {"a": "1"})
+    second = tracker.open("base", identity, {"a": "2"})
+    assert first.info.run_id == second.info.run_id
+    assert second.data.tags["a"] == "2"
+    assert len(all_runs(tracker)) == 1
+
+
+@pytest.mark.parametrize("status", ["FAILED", "KILLED"])
+def test_a_run_that_did_not_finish_is_running_again_under_its_new_parent(tracker: Tracker, status: str) -> None:
+    identity = {"stage": "base", "stage_key": "k"}
+    run = tracker.open("base", identity, {}, "first")
+    tracker.end(run.info.run_id, status)
+    again = tracker.open("base", identity, {}, "second")
+    assert (again.info.run_id, again.info.status) == (run.info.run_id, "RUNNING")
+    assert again.data.tags["mlflow.parentRunId"] == "second"
+
+
+def test_a_finished_run_is_not_touched_by_opening_it(tracker: Tracker) -> None:
+    identity = {"stage": "base", "stage_key": "k"}
+    run = tracker.open("base", identity, {"a": "1"}, "first")
+    tracker.end(run.info.run_id, "FINISHED")
+    again = tracker.open("base", identity, {"a": "2"}, "second")
+    assert (again.info.status, again.data.tags["a"]) == ("FINISHED", "1")
+    assert again.data.tags["mlflow.parentRunId"] == "first"
+
+
+def test_different_keys_are_different_runs(tracker: Tracker) -> None:
+    runs = {tracker.open("base", {"stage": "base", "stage_key": key}, {}).info.run_id for key in "ab"}
+    assert len(runs) == 2
+
+
+def test_logging_the_same_again_adds_nothing(tracker: Tracker) -> None:
+    run = tracker.open("base", {"stage_key": "k"}, {})
+    for _ in range(2):
+        tracker.log(run, params={"a": None}, metrics={"m": 2}, history=[{"loss": 0.2}, {"loss": 0.1}], tags={"t": "x"})
+    history = tracker.client.get_metric_history(run.info.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(1, 0.2), (2, 0.1)]
+    assert len(tracker.client.get_metric_history(run.info.run_id, "m")) == 1
+    data = tracker.client.get_run(run.info.run_id).data
+    assert (data.params, data.tags["t"]) == ({"a": "None"}, "x")
+
+
+def test_more_values_than_one_request_takes_are_all_logged(tracker: Tracker) -> None:
+    run = tracker.open("base", {"stage_key": "k"}, {})
+    tracker.log(run, metrics={f"m{number}": number for number in range(1203)}, params={"long": "x" * 9000})
+    data = tracker.client.get_run(run.info.run_id).data
+    assert len(data.metrics) == 1203
+    assert data.metrics["m1202"] == 1202
+    assert data.params["long"] == "x" * 6000
+
+
+def test_a_model_is_logged_once_and_comes_back(
+    tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.json").write_text("{}")
+    run = tracker.open("slice-0", {"slice": "slice-0"}, {})
+    ids = {tracker.log_model(run.info.run_id, "slice-0", folder, {"categories": "a, b"}) for _ in range(2)}
+    assert len(ids) == 1
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
+    back = Path(mlflow.artifacts.download_artifacts(f"models:/{ids.pop()}"))
+    assert (back / "model.json").read_text() == "{}"
+
+
+def test_the_data_set_is_an_input_of_the_run_under_dvcs_hash(tracker: Tracker, tmp_path: Path) -> None:
+    md5 = "07e02f9d9bfcd845457aa504a1035665.dir"
+    run = tracker.open("base", {"stage_key": "k"}, {})
+    for _ in range(2):
+        tracker.log_data(run.info.run_id, "data", tmp_path, md5, "training")
+    (used,) = tracker.client.get_run(run.info.run_id).inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest, used.tags[0].value) == ("data", md5, "training")
+
+
+def test_the_store_lies_in_the_workspace_or_where_the_user_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = Workspace(tmp_path / "copy")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    assert tracking_uri(workspace) == f"sqlite:///{tmp_path}/copy/mlflow/tracking.db"
+    # `dvc exp run --temp` works in a copy and names the main repository.
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "main"))
+    assert tracking_uri(workspace) == f"sqlite:///{tmp_path}/main/mlflow/tracking.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert tracking_uri(workspace) == "http://mlflow:5000"
