@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ REPEATS = 5
 PLAIN = "plain forward + backward"
 FOUR = "avg, var, ens, taylor + Gram"
 FIVE = "the same + deeplift"
+ALONE = "deeplift alone"
 CAPTUM = "Captum LayerDeepLift, layer by layer"
 PROTOCOL = {
     "what": "seconds for the same images through each method, median of 5 after a warm-up, methods in turn",
@@ -69,6 +69,7 @@ def _measure(name: str, factory: str, settings: Settings) -> list[Row]:
         PLAIN: lambda: _plain(model, images, labels),
         FOUR: lambda: profile(model, (images, labels), METRICS[:4], batch_size=BATCH),
         FIVE: lambda: profile(model, (images, labels), METRICS, batch_size=BATCH),
+        ALONE: lambda: profile(model, (images, labels), ["deeplift"], batch_size=BATCH, gram=False),
         CAPTUM: _captum(model, images, labels),
     }
     times = _in_turn(methods, 2 if settings.quick else REPEATS)
@@ -152,11 +153,14 @@ def _peak(name: str, factory: str, count: int, times: int) -> float:
 
 
 def peak(name: str, factory: str, count: int, times: int) -> None:
-    """Profile `count` images `times` times over, streamed; print the peak resident size in MB."""
+    """Profile `count` images `times` times over, streamed; print the peak resident size in MB while it ran."""
     model, images, labels = prepare(name, factory, count)
     batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
+    # Linux: forget the peak so far, which loading the data set made.
+    Path("/proc/self/clear_refs").write_text("5")
     profile(model, (batch for _ in range(times) for batch in batches), METRICS, batch_size=BATCH)
-    sys.stdout.write(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024) + "\n")
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    sys.stdout.write(json.dumps(int(status["VmHWM"].split()[0]) / 1024) + "\n")
 
 
 def draw(report: Report, path: Path) -> None:

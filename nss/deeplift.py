@@ -20,6 +20,8 @@ from torch import Tensor, fx, nn
 from nss import operations as ops
 from nss.functional import shell
 
+Elementwise = Callable[[Tensor], Tensor]
+
 
 @dataclass
 class Way:
@@ -70,7 +72,7 @@ def _step(node: fx.Node, graph: fx.GraphModule, way: Way) -> nn.Module | None:
 
 
 class _Elementwise(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor], way: Way) -> None:
+    def __init__(self, function: Elementwise, way: Way) -> None:
         super().__init__()
         self._function, self._way = function, way
 
@@ -81,7 +83,7 @@ class _Elementwise(nn.Module):
 
 class _ElementwiseFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], way: Way) -> Tensor:
+    def forward(ctx: Any, x: Tensor, function: Elementwise, way: Way) -> Tensor:
         y = function(x)
         ctx.save_for_backward(x, y)
         ctx.function, ctx.way = function, way
@@ -91,17 +93,28 @@ class _ElementwiseFunction(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         x, y = ctx.saved_tensors
         if not ctx.way.rescale:
-            return _derivative(ctx.function, x, gradient), None, None
+            return _slope(ctx.function, x, y, gradient), None, None
         dx, dy = _difference(x, ctx.way.rows), _difference(y, ctx.way.rows)
+        if _is_relu(ctx.function):
+            # Exact however small dx is; where it is 0 nothing has changed and there is nothing to pass on.
+            return dy.div_(dx).nan_to_num_(0.0).mul_(gradient), None, None
         # Relative to the value, a smaller change is mostly rounding: the derivative is what the quotient tends to.
         close = dx.abs() <= torch.finfo(x.dtype).eps ** 0.5 * x.abs()
-        multiplied = gradient * dy / dx
-        if bool(close.any()):
-            multiplied = torch.where(close, _derivative(ctx.function, x, gradient), multiplied)
-        return multiplied, None, None
+        return torch.where(close, _derivative(ctx.function, x, gradient), dy.div_(dx).mul_(gradient)), None, None
 
 
-def _derivative(function: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> Tensor:
+def _is_relu(function: Elementwise) -> bool:
+    return isinstance(function, nn.ReLU)
+
+
+def _slope(function: Elementwise, x: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
+    if _is_relu(function):
+        found: Tensor = torch.ops.aten.threshold_backward(gradient, y, 0)
+        return found
+    return _derivative(function, x, gradient)
+
+
+def _derivative(function: Elementwise, x: Tensor, gradient: Tensor) -> Tensor:
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         result: Tensor = torch.autograd.grad(function(leaf), leaf, gradient)[0]
@@ -130,20 +143,22 @@ class _MaxPoolFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], tuple[Tensor, Tensor]], way: Way) -> Tensor:
         y, winners = function(x)
         ctx.save_for_backward(x, y, winners)
-        ctx.way = way
+        ctx.function, ctx.way = function, way
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         x, y, winners = ctx.saved_tensors
-        if ctx.way.rescale:
-            dy = _difference(y, ctx.way.rows)
-            # The larger side's winner has moved by at least dy in dy's direction: the quotient is within 0..1.
-            winners = torch.where(dy >= 0, winners, winners[-1:])
-            dx = _difference(x, ctx.way.rows).flatten(2).gather(2, winners.flatten(2)).view_as(dy)
-            gradient = gradient * torch.where(dx == 0, 1.0, dy / dx)
+        if not ctx.way.rescale:
+            return _derivative(lambda leaf: ctx.function(leaf)[0], x, gradient), None, None
+        dy = _difference(y, ctx.way.rows)
+        # The larger side's winner has moved by at least dy in dy's direction: the quotient is within 0..1.
+        places = torch.where(dy >= 0, winners, winners[-1:]).flatten(2)
+        flat = x.flatten(2)
+        dx = flat.gather(2, places) - flat[-1:].expand_as(flat).gather(2, places)
+        share = torch.where(dx == 0, 1.0, dy.flatten(2) / dx)
         spread = torch.zeros_like(x, memory_format=torch.contiguous_format).flatten(2)
-        spread.scatter_add_(2, winners.flatten(2), gradient.flatten(2))
+        spread.scatter_add_(2, places, gradient.flatten(2) * share)
         return spread.view(x.shape), None, None
 
 

@@ -69,7 +69,8 @@ class Gatherer:
         image's numbers are the same in whatever batch it comes. DeepLIFT needs the reference as the last row anyway.
         """
         lifted = "deeplift" in self.sums
-        rows = torch.cat([inputs, reference.expand(size + 1 - len(inputs), *reference.shape[1:])])
+        missing = size - len(inputs) + int(lifted)
+        rows = torch.cat([inputs, reference.expand(missing, *reference.shape[1:])]) if missing else inputs
         self._way.rows, self._way.rescale = len(rows), False
         with torch.enable_grad():
             logits = self._graph(rows.requires_grad_())[: len(labels)]
@@ -97,23 +98,22 @@ class Gatherer:
         for site, activation, multiplier in zip(self._sites, activations, multipliers, strict=True):
             if multiplier is None:
                 continue
-            change = activation.detach()
-            if name == "deeplift":
-                change = change - change[-1:]
-            product = _over_map((change * multiplier)[: len(labels)], site, torch.sum)
+            base = activation.detach()[-1:] if name == "deeplift" else None
+            product = _products(activation.detach(), base, multiplier, site)
             self._add(name, site, product.abs(), labels)
 
     def _add_levels(self, activations: list[Tensor], labels: Tensor) -> None:
         if not {"abs", "mean", "square"} & self.sums.keys():
             return
         for site, activation in zip(self._sites, activations, strict=True):
-            mean = _over_map(activation.detach()[: len(labels)], site, torch.mean)
+            mean = _over_map(activation.detach(), site, torch.mean)
             for name, values in (("abs", mean.abs()), ("mean", mean), ("square", mean.square())):
                 self._add(name, site, values, labels)
 
     def _add(self, name: str, site: Site, values: Tensor, labels: Tensor) -> None:
+        """values: of all rows, since the order of additions within one may depend on how many there are."""
         if name in self.sums:
-            self.sums[name][site.name].index_add_(0, labels, values)
+            self.sums[name][site.name].index_add_(0, labels, values[: len(labels)])
 
     def _add_grams(self, count: int) -> None:
         for reader in self._readers:
@@ -121,6 +121,12 @@ class Gatherer:
             rows = _channel_rows(x, reader)
             self.grams[reader.name] += (rows @ rows.T).cpu()
             self.positions[reader.name] += rows.shape[1]
+
+
+def _products(activation: Tensor, base: Tensor | None, multiplier: Tensor, site: Site) -> Tensor:
+    """Sum (activation - base) * multiplier over the map. Returns float64 [n, neurons]."""
+    change = activation if base is None else activation - base
+    return _over_map(change * multiplier, site, torch.sum)
 
 
 def _over_map(x: Tensor, site: Site, reduce: Callable[..., Tensor]) -> Tensor:

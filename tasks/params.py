@@ -44,6 +44,12 @@ class ProfileParams(_Group):
     split: Literal["train", "val"] = Field(description="train or val")
     samples_per_class: int | None = Field(ge=1, description="a whole number from 1, or null for all")
     batch_size: int = Field(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="auto, cpu, cuda or mps")
+    bf16: bool = Field(description="true or false")
+    shards: int = Field(ge=1, le=10_000, description="a whole number from 1 to 10000")
+    dask: str | None = Field(
+        pattern=r"^(tcp|tls|ws|wss|ucx)://.+$", description="address of a scheduler like tcp://host:8786, or null"
+    )
 
 
 class SliceParams(_Group):
@@ -55,6 +61,9 @@ class SliceParams(_Group):
     n_slices: int | None = Field(ge=1, description="a whole number from 1, or null")
     distance_threshold: float | None = Field(ge=0, le=1, description="a number from 0 to 1, or null")
     linkage: Linkage = Field(description="average, complete or single")
+    layers: Annotated[list[str], Field(min_length=1)] | None = Field(
+        description="a list of layers whose neurons decide about merging, or null for all"
+    )
 
 
 class EvaluateParams(_Group):

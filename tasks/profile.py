@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from nss.data import load_data
+from nss.data import Dataset, load_data
 from nss.files import replacing, write_json
 from nss.model import load_model
-from nss.profile import profile
+from nss.profile import Profile, profile
 from tasks.params import ProfileParams
 from tasks.workspace import Workspace, require_same_source
 
@@ -14,18 +14,29 @@ def run(params: ProfileParams, workspace: Workspace) -> None:
     """Profile the base model and write artifacts/profile: profile.safetensors, metrics.json, source.json."""
     data = load_data(workspace.data)
     require_same_source(workspace.out("base"), data=data.digest)
-    model = load_model(workspace.out("base") / "model", workspace.packages)
-    gathered = profile(
-        model,
-        data.split(params.split),
-        metrics=tuple(params.metrics),
-        samples_per_class=params.samples_per_class,
-        batch_size=params.batch_size,
-        classes=data.classes,
-    )
+    gathered = _in_shards(params, workspace) if params.shards > 1 or params.dask else _here(params, workspace, data)
     with replacing(workspace.out("profile")) as part:
         part.mkdir()
         gathered.save(part / "profile.safetensors")
         counts = {"images": int(gathered.counts.sum()), "neurons": sum(gathered.layers.values())}
         write_json(part / "metrics.json", {**counts, "layers": len(gathered.layers)})
         write_json(part / "source.json", {"data": data.digest, "model": gathered.model})
+
+
+def _here(params: ProfileParams, workspace: Workspace, data: Dataset) -> Profile:
+    return profile(
+        load_model(workspace.out("base") / "model", workspace.packages),
+        data.split(params.split),
+        params.metrics,
+        samples_per_class=params.samples_per_class,
+        batch_size=params.batch_size,
+        device=params.device,
+        bf16=params.bf16,
+    )
+
+
+def _in_shards(params: ProfileParams, workspace: Workspace) -> Profile:
+    # Prefect takes a second to import.
+    from tasks.fan_out import profile_in_shards
+
+    return profile_in_shards(params, workspace)

@@ -8,8 +8,8 @@ from nss.evaluate import SlicesEvaluation, count_parameters, evaluate_slices
 from nss.files import replacing, write_json
 from nss.model import load_model, model_digest, save_model
 from nss.profile import Profile
-from nss.remove import remove
-from nss.slice import SemanticSlices, semantic_slices
+from nss.remove import RemovalPlan, plan_removal, remove
+from nss.slice import semantic_slices
 from tasks.params import SliceParams
 from tasks.tables import write_csv
 from tasks.workspace import Workspace, require_same_source
@@ -27,7 +27,10 @@ def run(params: SliceParams, workspace: Workspace) -> None:
     require_same_source(workspace.out("profile"), **sources)
     profile = Profile.load(workspace.out("profile") / "profile.safetensors")
     critical = critical_neurons(profile, params.metric, params.rule, params.threshold)
-    slices = semantic_slices(critical, profile, params.n_slices, params.distance_threshold, params.linkage)
+    slices = semantic_slices(
+        critical, profile, params.n_slices, params.distance_threshold, params.linkage, params.layers
+    )
+    plans = {each.name: plan_removal(model, each.neurons) for each in slices}
     models = [remove(model, each.neurons) for each in slices]
     scores = evaluate_slices(slices, models, data.split("val"))
     with replacing(workspace.out("slice")) as part:
@@ -36,17 +39,17 @@ def run(params: SliceParams, workspace: Workspace) -> None:
         slices.save(part / "slices.json")
         for each, cut in zip(slices, models, strict=True):
             save_model(cut, part / "models" / each.name)
-        rows = _neuron_rows(slices)
+        rows = _neuron_rows(plans)
         write_csv(part / "neurons.csv", ["slice", "layer", "kept", "total"], rows)
+        write_json(part / "removal.json", {name: plan.to_dict() for name, plan in plans.items()})
         write_json(part / "slices_val.json", scores.to_dict())
         write_json(part / "metrics.json", _metrics(rows, scores, count_parameters(model)))
         write_json(part / "source.json", sources)
 
 
-def _neuron_rows(slices: SemanticSlices) -> list[tuple[str, str, int, int]]:
-    return [
-        (each.name, layer, int(kept.sum()), kept.numel()) for each in slices for layer, kept in each.neurons.items()
-    ]
+def _neuron_rows(plans: dict[str, RemovalPlan]) -> list[tuple[str, str, int, int]]:
+    """Count what each slice's model has left, coupled neurons that the union added included."""
+    return [(name, layer, each.kept, each.total) for name, plan in plans.items() for layer, each in plan.layers.items()]
 
 
 def _metrics(rows: list[tuple[str, str, int, int]], scores: SlicesEvaluation, parameters: int) -> dict[str, float]:

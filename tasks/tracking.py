@@ -49,13 +49,13 @@ class Tracker:
     'sqlite:////tmp/tracking.db'
     """
 
-    def __init__(self, uri: str, artifacts: Path) -> None:
+    def __init__(self, uri: str, artifacts: Path, experiment: str = EXPERIMENT) -> None:
         self.uri = uri
         if uri.startswith(_SQLITE):
             create_database(Path(uri.removeprefix(_SQLITE)), artifacts)
         self.client = MlflowClient(tracking_uri=uri)
         # Behind a server, the server says where artifacts go.
-        self.experiment_id = _experiment(self.client, None if uri.startswith("http") else artifacts)
+        self.experiment_id = _experiment(self.client, None if uri.startswith("http") else artifacts, experiment)
 
     def find(self, **tags: str) -> Run | None:
         """Return the newest run whose `nss.*` tags have these values, for example `stage_key`."""
@@ -138,12 +138,12 @@ def tracking_uri(workspace: Workspace) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}{workspace.store / 'tracking.db'}"
 
 
-def open_tracker(workspace: Workspace) -> Tracker:
+def open_tracker(workspace: Workspace, experiment: str = EXPERIMENT) -> Tracker:
     """Connect to the workspace's tracking store, creating it when it is a database that does not exist yet.
 
     Raises mlflow's own exceptions when the store cannot be reached.
     """
-    return Tracker(tracking_uri(workspace), workspace.store / "artifacts")
+    return Tracker(tracking_uri(workspace), workspace.store / "artifacts", experiment)
 
 
 def create_database(path: Path, artifacts: Path) -> None:
@@ -158,18 +158,18 @@ def create_database(path: Path, artifacts: Path) -> None:
     with FileLock(path.with_name(".lock")):
         if not path.exists():
             with replacing(path) as part:
-                _experiment(MlflowClient(tracking_uri=f"{_SQLITE}{part}"), artifacts)
+                _experiment(MlflowClient(tracking_uri=f"{_SQLITE}{part}"), artifacts, EXPERIMENT)
 
 
-def _experiment(client: MlflowClient, artifacts: Path | None) -> str:
-    found = client.get_experiment_by_name(EXPERIMENT)
+def _experiment(client: MlflowClient, artifacts: Path | None, name: str) -> str:
+    found = client.get_experiment_by_name(name)
     if found is not None:
         return found.experiment_id
     try:
-        return client.create_experiment(EXPERIMENT, artifact_location=artifacts and artifacts.as_uri())
+        return client.create_experiment(name, artifact_location=artifacts and artifacts.as_uri())
     except MlflowException:
         # Somebody else may have made it in between.
-        found = client.get_experiment_by_name(EXPERIMENT)
+        found = client.get_experiment_by_name(name)
         if found is None:
             raise
         return found.experiment_id

@@ -202,9 +202,9 @@ def test_profiles_of_two_parts_merge_into_that_of_the_whole_wherever_batches_end
 def test_single_precision_merges_as_exactly_wherever_the_samples_are_parted(networks: ModuleType, name: str) -> None:
     """Batches are filled up, so that an image's float32 numbers do not depend on which others came with it."""
     case = Case(networks, name)
-    whole = case.profile(0, 13, 5)
+    whole = case.profile(0, 13, 32)
     for cut in (1, 5, 6, 12):
-        assert_equal_sums(case.profile(0, cut, 5).merge(case.profile(cut, 13, 5)), whole)
+        assert_equal_sums(case.profile(0, cut, 32).merge(case.profile(cut, 13, 32)), whole)
 
 
 def test_a_dataset_a_pair_and_a_loader_give_one_profile(networks: ModuleType) -> None:

@@ -29,9 +29,24 @@ PARAMS = Params(
         weight_decay=0,
         seed=3,
     ),
-    profile=ProfileParams(metrics=["taylor"], split="train", samples_per_class=None, batch_size=8),
+    profile=ProfileParams(
+        metrics=["taylor"],
+        split="train",
+        samples_per_class=None,
+        batch_size=8,
+        device="cpu",
+        bf16=False,
+        shards=1,
+        dask=None,
+    ),
     slice=SliceParams(
-        metric="taylor", rule="cumulative", threshold=0.9, n_slices=2, distance_threshold=None, linkage="average"
+        metric="taylor",
+        rule="cumulative",
+        threshold=0.9,
+        n_slices=2,
+        distance_threshold=None,
+        linkage="average",
+        layers=None,
     ),
     evaluate=EvaluateParams(split="test", batch_size=8),
 )
