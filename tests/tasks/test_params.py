@@ -128,7 +128,7 @@ def test_an_unknown_key_names_the_closest_and_all_allowed_ones(tmp_path: Path) -
     (problem,) = problems(write(tmp_path / "params.yaml", {"slice.treshold": "0.9"}))
     assert problem == (
         "slice.treshold: no such key (did you mean threshold?); allowed: "
-        "metric, rule, threshold, n_slices, distance_threshold, linkage"
+        "metric, rule, threshold, n_slices, distance_threshold, linkage, layers"
     )
 
 
