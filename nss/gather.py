@@ -131,7 +131,9 @@ def _products(activation: Tensor, base: Tensor | None, multiplier: Tensor, site:
 
 def _over_map(x: Tensor, site: Site, reduce: Callable[..., Tensor]) -> Tensor:
     places = [axis for axis in range(1, x.dim()) if axis != site.dim]
-    return (reduce(x, places) if places else x).cpu().double()
+    # Half precision is for the network's own work: sums of it would lose what variances are made of.
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return (reduce(wide, places) if places else wide).cpu().double()
 
 
 def _channel_rows(x: Tensor, reader: Reader) -> Tensor:
