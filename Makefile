@@ -18,7 +18,7 @@ run: .venv/.installed ## install, make the demo data if there is none, run the w
 	@$(ACTIVATE); nss run
 
 test: lint ## install, lint, run all tests but the soak tests; nss must be covered to 90 %
-	$(BIN)/pytest -m "not soak" --cov=nss --cov-report=term --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not soak" --cov=nss --cov-report=term --cov-fail-under=90
 
 soak: .venv/.installed-dev ## run the repeated kills and long races
 	$(BIN)/pytest -m soak || test $$? -eq 5 # 5: there are none
