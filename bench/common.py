@@ -107,11 +107,11 @@ def _npz(name: str) -> Path:
     return path
 
 
-def base_model(data: Dataset, name: str, factory: str, seed: int, classes: Sequence[int] | None = None) -> Classifier:
+def base_model(data: Dataset, name: str, factory: str, seed: int) -> Classifier:
     """Return the base model of (data, factory, seed), trained once and kept for all benchmarks."""
     epochs = EPOCHS.get(name, DEFAULT_EPOCHS)
     mean, std = data.pixel_statistics()
-    key = digest({"data": data.digest, "factory": factory, "seed": seed, "epochs": epochs, "classes": classes})
+    key = digest({"data": data.digest, "factory": factory, "seed": seed, "epochs": epochs})
     folder = CACHE / "models" / f"{Path(name).stem}-{factory.partition(':')[2]}-{seed}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):

@@ -17,9 +17,11 @@ from torch import nn
 from bench.common import Report, Row, Settings, base_model, dataset, mean_and_spread, resumed, show
 from nss.critical import CriticalNeurons, critical_neurons
 from nss.data import Dataset
-from nss.evaluate import count_parameters, evaluate, evaluate_slices
+from nss.evaluate import evaluate, evaluate_slices
+from nss.model import model_digest
 from nss.profile import METRICS, Profile, profile
 from nss.remove import remove
+from nss.size import count_parameters
 from nss.slice import SemanticSlices, semantic_slices
 
 THRESHOLDS = tuple(round(0.90 + 0.01 * step, 2) for step in range(10))
@@ -82,6 +84,7 @@ def _one(name: str, factory: str, seed: int, settings: Settings) -> list[Row]:
     images = 500 if settings.quick else IMAGES
     held_out = {part: _first(data.split(part), images) for part in ("test", "val")}
     identity = {"data": name, "model": factory, "seed": seed}
+    original = {"original": evaluate(model, held_out["test"]).accuracy}
     plans: list[tuple[str, str, float]] = [("semantic", rule, each) for rule in RULES for each in thresholds]
     plans += [(rule, rule, each) for rule in BASELINES for each in shares]
     found: Profile | None = None
@@ -90,6 +93,8 @@ def _one(name: str, factory: str, seed: int, settings: Settings) -> list[Row]:
         for method, rule, threshold in plans:
             key = {
                 **identity,
+                "weights": model_digest(model),
+                "per_class": PER_CLASS,
                 "images": images,
                 "metric": metric,
                 "method": method,
@@ -103,7 +108,7 @@ def _one(name: str, factory: str, seed: int, settings: Settings) -> list[Row]:
                 nonlocal found
                 found = found or profile(model, data.split("train"), METRICS, samples_per_class=PER_CLASS)
                 critical = critical_neurons(found, metric, rule, threshold)
-                return [{**identity, **_judge(model, critical, found, method, held_out)}]
+                return [{**identity, **original, **_judge(model, critical, found, method, held_out)}]
 
             rows += resumed("rq1", key, measure)
     return rows
@@ -129,7 +134,6 @@ def _judge(
     row: Row = {"method": method, "metric": critical.metric, "rule": critical.rule, "threshold": critical.threshold}
     row |= {"accuracy": scores.vote_accuracy, "told": scores.told_accuracy, "masked": 1 - kept, "slices": len(slices)}
     row |= {"val_accuracy": chosen_by.vote_accuracy, "val_told": chosen_by.told_accuracy}
-    row["original"] = evaluate(model, held_out["test"]).accuracy
     return row
 
 

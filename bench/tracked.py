@@ -8,7 +8,7 @@ from bench.common import Report
 
 
 def log(report: Report, result: Path, picture: Path) -> None:
-    """Log the result file, the picture and the summary's numbers as one run of the experiment nss-bench."""
+    """Log the settings, the result file and the picture as one run of the experiment nss-bench."""
     from tasks.tracking import open_tracker
     from tasks.workspace import find_workspace
 

@@ -19,10 +19,11 @@ from nss.errors import (
     SliceError,
     StageError,
 )
-from nss.evaluate import Evaluation, SlicesEvaluation, count_macs, count_parameters, evaluate, evaluate_slices
+from nss.evaluate import Evaluation, SlicesEvaluation, evaluate, evaluate_slices
 from nss.model import Classifier, ModelSpec, build_model, load_model, model_digest, save_model
 from nss.profile import Profile, profile
 from nss.remove import RemovalPlan, plan_removal, remove
+from nss.size import count_macs, count_parameters
 from nss.slice import SemanticSlice, SemanticSlices, semantic_slices
 from nss.sliced import sliced
 

@@ -33,6 +33,8 @@ GROUP_NORM = "a GroupNorm averages over it and its neighbours"
 class Producer:
     """A call of a layer with weights: which channels it reads and makes."""
 
+    name: str
+    """the layer's path in the network, with #2, #3 .. for further calls"""
     module: str
     node: fx.Node
     out_ids: torch.Tensor
@@ -180,7 +182,10 @@ class _Walker(fx.Interpreter):
         if groups > 1:
             self._grouped(in_ids, out_ids, groups)
         self._same_module(str(node.target), in_ids, out_ids)
-        self.anatomy.producers.append(Producer(str(node.target), node, out_ids, in_ids, dim))
+        module_path = str(node.target)
+        call = 1 + sum(each.module == module_path for each in self.anatomy.producers)
+        name = module_path if call == 1 else f"{module_path}#{call}"
+        self.anatomy.producers.append(Producer(name, module_path, node, out_ids, in_ids, dim))
         shape = [1] * result.dim()
         shape[dim] = len(out_ids)
         return out_ids.view(shape).expand(result.shape)

@@ -62,26 +62,28 @@ def _step(node: fx.Node, graph: fx.GraphModule, way: Way) -> nn.Module | None:
     if node.op not in ("call_module", "call_function", "call_method"):
         return None
     if ops.is_activation(node, graph):
-        return _Elementwise(ops.bound(node, graph), way)
+        return _Step(_Elementwise, ops.bound(node, graph), way)
     if ops.is_max_pool(node, graph):
-        return _MaxPool(ops.bound(node, graph, return_indices=True), way)
+        return _Step(_MaxPool, ops.bound(node, graph, return_indices=True), way)
     both = [arg for arg in node.args if isinstance(arg, fx.Node)]
-    if ops.name_of(node) in ("mul", "mul_", "imul") and len(both) == 2 and all(arg.op != "get_attr" for arg in both):
-        return _Product(way)
+    if ops.name_of(node) == "mul" and len(both) == 2 and all(arg.op != "get_attr" for arg in both):
+        return _Step(_Product, way)
     return None
 
 
-class _Elementwise(nn.Module):
-    def __init__(self, function: Elementwise, way: Way) -> None:
-        super().__init__()
-        self._function, self._way = function, way
+class _Step(nn.Module):
+    """Calls a differentiable function of one or two activations with its settings."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = _ElementwiseFunction.apply(x, self._function, self._way)
+    def __init__(self, function: type[torch.autograd.Function], *settings: object) -> None:
+        super().__init__()
+        self._function, self._settings = function, settings
+
+    def forward(self, *activations: Tensor) -> Tensor:
+        result: Tensor = self._function.apply(*activations, *self._settings)
         return result
 
 
-class _ElementwiseFunction(torch.autograd.Function):
+class _Elementwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Elementwise, way: Way) -> Tensor:
         y = function(x)
@@ -128,17 +130,7 @@ def _difference(x: Tensor, rows: int) -> Tensor:
     return difference
 
 
-class _MaxPool(nn.Module):
-    def __init__(self, function: Callable[[Tensor], tuple[Tensor, Tensor]], way: Way) -> None:
-        super().__init__()
-        self._function, self._way = function, way
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = _MaxPoolFunction.apply(x, self._function, self._way)
-        return result
-
-
-class _MaxPoolFunction(torch.autograd.Function):
+class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], tuple[Tensor, Tensor]], way: Way) -> Tensor:
         y, winners = function(x)
@@ -162,17 +154,7 @@ class _MaxPoolFunction(torch.autograd.Function):
         return spread.view(x.shape), None, None
 
 
-class _Product(nn.Module):
-    def __init__(self, way: Way) -> None:
-        super().__init__()
-        self._way = way
-
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        result: Tensor = _ProductFunction.apply(left, right, self._way)
-        return result
-
-
-class _ProductFunction(torch.autograd.Function):
+class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor, way: Way) -> Tensor:
         ctx.save_for_backward(left, right)

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from nss.data import Data
 from nss.errors import ModelError
-from nss.model import Classifier, device_of, evaluating, shape_of
+from nss.model import Classifier
 from nss.predict import predict
+from nss.size import count_parameters
 from nss.slice import SemanticSlices
 
 
@@ -184,20 +184,3 @@ def _figures(
 
 def _share(flags: Tensor) -> float:
     return float(flags.double().mean()) if len(flags) else 0.0
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of trainable and frozen weights, without buffers."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def count_macs(model: nn.Module, input_shape: Sequence[int] | None = None) -> int:
-    """Return the multiply-adds of convolutions and matrix products for one image, as PyTorch counts them.
-
-    input_shape: (channels, height, width), needed for models not made by `build_model`.
-    """
-    shape = shape_of(model, input_shape)
-    image = torch.zeros(1, *shape, device=device_of(model))
-    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(image)
-    return int(counter.get_total_flops()) // 2

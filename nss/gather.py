@@ -23,7 +23,6 @@ class Reader:
 
     name: str
     node: fx.Node
-    channels: int
     dim: int
     ids: torch.Tensor
     """names of the channels in the anatomy, int64 [channels]"""
@@ -46,7 +45,7 @@ class Gatherer:
             name: {site.name: torch.zeros(classes, len(site), dtype=torch.float64) for site in sites} for name in sums
         }
         self.grams = {
-            each.name: torch.zeros(each.channels, each.channels, dtype=torch.float64) for each in self._readers
+            each.name: torch.zeros(len(each.ids), len(each.ids), dtype=torch.float64) for each in self._readers
         }
         self.positions = dict.fromkeys(self.grams, 0)
         self.reads = _reads(sites, self._readers)
@@ -72,7 +71,7 @@ class Gatherer:
         missing = size - len(inputs) + int(lifted)
         rows = torch.cat([inputs, reference.expand(missing, *reference.shape[1:])]) if missing else inputs
         self._way.rows, self._way.rescale = len(rows), False
-        with torch.enable_grad():
+        with torch.set_grad_enabled(bool({"taylor", "deeplift"} & self.sums.keys())):
             logits = self._graph(rows.requires_grad_())[: len(labels)]
             if logits.shape[1] < len(self.counts):
                 raise ProfileError(f"{len(self.counts)} classes, but the model has {logits.shape[1]} logits")
@@ -139,7 +138,7 @@ def _over_map(x: Tensor, site: Site, reduce: Callable[..., Tensor]) -> Tensor:
 def _channel_rows(x: Tensor, reader: Reader) -> Tensor:
     """Channels that enter a reader, over samples and positions. Returns float64 [channels, positions]."""
     if reader.dim == 1:
-        x = x.flatten(2) if x.dim() > 2 else x.unflatten(1, (reader.channels, -1))
+        x = x.flatten(2) if x.dim() > 2 else x.unflatten(1, (len(reader.ids), -1))
         return x.double().transpose(0, 1).flatten(1)
     return x.double().flatten(0, -2).T
 
@@ -149,13 +148,10 @@ def readers(sites: Sites) -> Iterator[Reader]:
     own = torch.zeros(len(sites.anatomy.classes), dtype=torch.bool)
     for site in sites:
         own[site.ids] = True
-    calls: dict[str, int] = {}
     for producer in sites.anatomy.producers:
-        calls[producer.module] = calls.get(producer.module, 0) + 1
-        name = producer.module if calls[producer.module] == 1 else f"{producer.module}#{calls[producer.module]}"
         ids = producer.in_ids
         if bool((ids >= 0).any()) and bool(own[ids.clamp_min(0)].any()) and not _depthwise(producer, sites):
-            yield _reader(name, producer)
+            yield _reader(producer)
 
 
 def _depthwise(producer: Producer, sites: Sites) -> bool:
@@ -163,7 +159,7 @@ def _depthwise(producer: Producer, sites: Sites) -> bool:
     return 1 < int(getattr(layer, "groups", 1)) == len(producer.in_ids)
 
 
-def _reader(name: str, producer: Producer) -> Reader:
+def _reader(producer: Producer) -> Reader:
     """A linear layer behind a flattened map reads each channel at several positions: one channel all the same."""
     ids = producer.in_ids
     source = producer.node.all_input_nodes[0]
@@ -171,7 +167,7 @@ def _reader(name: str, producer: Producer) -> Reader:
     channels = len(ids) // repeats
     regular = repeats > 1 and bool((ids.view(channels, repeats) == ids.view(channels, repeats)[:, :1]).all())
     ids = ids.view(channels, repeats)[:, 0] if regular else ids
-    return Reader(name, source, len(ids), producer.dim, ids)
+    return Reader(producer.name, source, producer.dim, ids)
 
 
 def _reads(sites: Sites, readers: Sequence[Reader]) -> dict[str, tuple[str, tuple[int, ...]]]:

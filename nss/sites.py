@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from nss import operations as ops
-from nss.anatomy import GROUP_NORM, TIED, Anatomy, Producer, dissect
+from nss.anatomy import GROUP_NORM, TIED, Anatomy, dissect
 from nss.coupling import any_in_class
 from nss.errors import SiteError
 from nss.mask import ChannelMask
@@ -119,23 +119,17 @@ def find_sites(network: nn.Module, input_shape: tuple[int, ...]) -> Sites:
     mixed = torch.zeros(len(roots), dtype=torch.bool)
     mixed[list(anatomy.mixed)] = True
     mixed = any_in_class(mixed, roots)
-    calls: dict[str, int] = {}
-    sites = []
-    for producer in anatomy.producers:
-        calls[producer.module] = calls.get(producer.module, 0) + 1
-        if not bool(mixed[producer.out_ids].any()):
-            sites.append(_site(producer, calls[producer.module], anatomy.graph))
+    sites = tuple(
+        Site(each.name, each.module, _end(each.node, anatomy.graph), each.dim, each.out_ids)
+        for each in anatomy.producers
+        if not bool(mixed[each.out_ids].any())
+    )
     if not sites:
         raise SiteError(
             f"{type(network).__name__} has no neurons",
             allowed="at least one convolution or linear layer before the class head",
         )
-    return Sites(anatomy, tuple(sites))
-
-
-def _site(producer: Producer, call: int, graph: fx.GraphModule) -> Site:
-    name = producer.module if call == 1 else f"{producer.module}#{call}"
-    return Site(name, producer.module, _end(producer.node, graph), producer.dim, producer.out_ids)
+    return Sites(anatomy, sites)
 
 
 def _end(node: fx.Node, graph: fx.GraphModule) -> fx.Node:

@@ -6,6 +6,7 @@ from nss.base import train
 from nss.data import load_data
 from nss.files import replacing, write_json
 from nss.model import build_model, save_model
+from nss.size import count_parameters
 from tasks.params import BaseParams
 from tasks.tables import write_csv
 from tasks.workspace import Workspace
@@ -39,9 +40,7 @@ def run(params: BaseParams, workspace: Workspace) -> None:
         save_model(model, part / "model")
         last = history[-1]
         metrics = {"loss": last.loss, "train_accuracy": last.train_accuracy, "val_accuracy": last.val_accuracy}
-        write_json(
-            part / "metrics.json", {**metrics, "parameters": sum(weights.numel() for weights in model.parameters())}
-        )
+        write_json(part / "metrics.json", {**metrics, "parameters": count_parameters(model)})
         rows = [(epoch.epoch, epoch.loss, epoch.train_accuracy, epoch.val_accuracy) for epoch in history]
         write_csv(part / "history.csv", ["epoch", "loss", "train_accuracy", "val_accuracy"], rows)
         write_json(part / "source.json", {"data": data.digest})

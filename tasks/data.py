@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 from nss.data import status as data_status
+from nss.errors import DataError
 from nss.ingest import Added, add_batch, demo
 from tasks.pipeline import Pipeline
 from tasks.provenance import data_md5
@@ -21,9 +23,21 @@ def add(
 
 
 def add_demo(workspace: Workspace) -> Added:
-    """Materialise scikit-learn's digits. When data.dvc names them already it stays as it is, byte for byte."""
+    """Materialise scikit-learn's digits. When data.dvc names them already it stays as it is, byte for byte.
+
+    Raises DataError when data.dvc names another data set, whose files may only be missing here: nothing has changed.
+    """
+    pipeline, was_there = Pipeline(workspace), workspace.data.exists()
     added = demo(workspace.data)
-    Pipeline(workspace).add_data()
+    if pipeline.names_other_data():
+        if not was_there:
+            shutil.rmtree(workspace.data)
+        raise DataError(
+            "data.dvc names another data set than the digits",
+            where=str(workspace.root / "data.dvc"),
+            fix="bring its files with `dvc pull`, or remove data.dvc to start over with the digits",
+        )
+    pipeline.add_data()
     return added
 
 

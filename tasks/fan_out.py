@@ -14,12 +14,10 @@ from prefect import flow, task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from nss.data import load_data
 from nss.errors import NssError
-from nss.model import load_model
-from nss.profile import Profile, profile
-from nss.shards import first_of_each_class, shards
+from nss.profile import Profile
 from tasks.params import ProfileParams
+from tasks.profile import profile_shard
 from tasks.workspace import Workspace
 
 _PATIENCE_S = 15
@@ -32,16 +30,7 @@ def profile_in_shards(params: ProfileParams, workspace: Workspace) -> Profile:
     """
     with tempfile.TemporaryDirectory(dir=workspace.root / "artifacts", prefix=".shards-") as scratch:
         mapped = flow(name="profile-shards", task_runner=_runner(params), log_prints=False)(_map)
-        try:
-            paths = mapped(params.model_dump(mode="json"), str(workspace.root), list(workspace.packages), scratch)
-        except OSError as problem:
-            if params.dask is None:
-                raise
-            raise NssError(
-                f"the Dask scheduler at {params.dask} does not answer: {problem}",
-                where="profile.dask",
-                fix="start it, correct the address, or set profile.dask to null",
-            ) from None
+        paths = mapped(params.model_dump(mode="json"), str(workspace.root), list(workspace.packages), scratch)
         return reduce(Profile.merge, [Profile.load(path) for path in paths])
 
 
@@ -49,6 +38,7 @@ def _runner(params: ProfileParams) -> TaskRunner[Any]:
     if params.dask is None:
         return ThreadPoolTaskRunner(max_workers=params.shards)
     try:
+        from distributed import Client
         from prefect_dask import DaskTaskRunner
     except ImportError:
         raise NssError(
@@ -56,32 +46,29 @@ def _runner(params: ProfileParams) -> TaskRunner[Any]:
             where="profile.dask",
             fix="pip install 'nss[dask]', or set profile.dask to null",
         ) from None
-    return DaskTaskRunner(address=params.dask, client_kwargs={"timeout": _PATIENCE_S})
+    try:
+        # Asked first: an OSError of the flow would leave open whether the scheduler or a shard's file was missing.
+        Client(params.dask, timeout=_PATIENCE_S).close()
+    except OSError as problem:
+        raise NssError(
+            f"the Dask scheduler at {params.dask} does not answer: {problem}",
+            where="profile.dask",
+            fix="start it, correct the address, or set profile.dask to null",
+        ) from None
+    return DaskTaskRunner(address=params.dask)
 
 
 def _map(params: dict[str, Any], root: str, packages: list[str], scratch: str) -> list[str]:
     """Body of the flow: one task for each shard."""
     numbers = list(range(params["shards"]))
-    futures = profile_shard.map(numbers, unmapped(params), unmapped(root), unmapped(packages), unmapped(scratch))
+    futures = _shard.map(numbers, unmapped(params), unmapped(root), unmapped(packages), unmapped(scratch))
     return [future.result() for future in futures]
 
 
 @task(name="profile-shard", task_run_name="profile-shard-{number}", cache_policy=NO_CACHE, persist_result=False)
-def profile_shard(number: int, params: dict[str, Any], root: str, packages: list[str], scratch: str) -> str:
+def _shard(number: int, params: dict[str, Any], root: str, packages: list[str], scratch: str) -> str:
     """Profile one shard and write its state. Returns the path of the file."""
-    settings, workspace = ProfileParams.model_validate(params), Workspace(Path(root), tuple(packages))
-    data = load_data(workspace.data).split(settings.split)
-    if settings.samples_per_class is not None:
-        data = first_of_each_class(data, settings.samples_per_class)
-    model = load_model(workspace.out("base") / "model", workspace.packages)
-    state = profile(
-        model,
-        shards(data, settings.shards)[number],
-        settings.metrics,
-        batch_size=settings.batch_size,
-        device=settings.device,
-        bf16=settings.bf16,
-    )
+    state = profile_shard(ProfileParams.model_validate(params), Workspace(Path(root), tuple(packages)), number)
     path = Path(scratch) / f"{number}.safetensors"
     state.save(path)
     return str(path)

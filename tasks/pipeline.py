@@ -109,6 +109,14 @@ class Pipeline:
         with self._repo() as repo:
             return bool(repo.status(targets=["data.dvc"]))
 
+    def names_other_data(self) -> bool:
+        """Say whether data.dvc names other bytes than those in data/, be they in DVC's cache or not."""
+        if not (self.workspace.root / "data.dvc").is_file():
+            return False
+        with self._repo() as repo:
+            (stage,) = repo.stage.collect("data.dvc")
+            return any(out.changed_checksum() for out in stage.outs)
+
     def add_data(self) -> None:
         """Commit data/ as it is to data.dvc. An equal data set leaves data.dvc as it was, byte for byte."""
         if self.has_changed_data() is False:

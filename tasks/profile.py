@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from nss.data import Dataset, load_data
+from nss.data import load_data
 from nss.files import replacing, write_json
 from nss.model import load_model
 from nss.profile import Profile, profile
+from nss.shards import first_of_each_class, shards
 from tasks.params import ProfileParams
 from tasks.workspace import Workspace, require_same_source
 
@@ -14,7 +15,9 @@ def run(params: ProfileParams, workspace: Workspace) -> None:
     """Profile the base model and write artifacts/profile: profile.safetensors, metrics.json, source.json."""
     data = load_data(workspace.data)
     require_same_source(workspace.out("base"), data=data.digest)
-    gathered = _in_shards(params, workspace) if params.shards > 1 or params.dask else _here(params, workspace, data)
+    gathered = (
+        _in_shards(params, workspace) if params.shards > 1 or params.dask else profile_shard(params, workspace, 0)
+    )
     with replacing(workspace.out("profile")) as part:
         part.mkdir()
         gathered.save(part / "profile.safetensors")
@@ -23,12 +26,15 @@ def run(params: ProfileParams, workspace: Workspace) -> None:
         write_json(part / "source.json", {"data": data.digest, "model": gathered.model})
 
 
-def _here(params: ProfileParams, workspace: Workspace, data: Dataset) -> Profile:
+def profile_shard(params: ProfileParams, workspace: Workspace, number: int) -> Profile:
+    """Profile the base model on one of `params.shards` parts of the images that the parameters choose."""
+    data = load_data(workspace.data).split(params.split)
+    if params.samples_per_class is not None:
+        data = first_of_each_class(data, params.samples_per_class)
     return profile(
         load_model(workspace.out("base") / "model", workspace.packages),
-        data.split(params.split),
+        shards(data, params.shards)[number],
         params.metrics,
-        samples_per_class=params.samples_per_class,
         batch_size=params.batch_size,
         device=params.device,
         bf16=params.bf16,

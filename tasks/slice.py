@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from nss.critical import critical_neurons
 from nss.data import load_data
-from nss.evaluate import SlicesEvaluation, count_parameters, evaluate_slices
+from nss.evaluate import SlicesEvaluation, evaluate_slices
 from nss.files import replacing, write_json
 from nss.model import load_model, model_digest, save_model
 from nss.profile import Profile
 from nss.remove import RemovalPlan, plan_removal, remove
+from nss.size import count_parameters
 from nss.slice import semantic_slices
 from tasks.params import SliceParams
 from tasks.tables import write_csv
@@ -18,8 +19,8 @@ from tasks.workspace import Workspace, require_same_source
 def run(params: SliceParams, workspace: Workspace) -> None:
     """Slice the base model and write artifacts/slice.
 
-    It holds critical.safetensors, slices.json, models/<slice>/, neurons.csv, slices_val.json, metrics.json and
-    source.json.
+    It holds critical.safetensors, slices.json, models/<slice>/, neurons.csv, removal.json, slices_val.json,
+    metrics.json and source.json.
     """
     data = load_data(workspace.data)
     model = load_model(workspace.out("base") / "model", workspace.packages)

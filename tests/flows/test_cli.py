@@ -140,6 +140,18 @@ def test_the_demo_data_is_what_data_dvc_names_and_leaves_it_alone(workspace: Pat
     assert again.stdout.startswith("nothing new")
 
 
+def test_the_demo_data_never_takes_the_place_of_another_data_set(workspace: Path) -> None:
+    """A clone whose data has not been pulled yet: data.dvc is all there is of it."""
+    other = (workspace / "data.dvc").read_text().replace("md5: ", "md5: 0000")
+    (workspace / "data.dvc").write_text(other)
+    done = nss("data", "demo", cwd=workspace)
+    assert done.returncode == 2
+    assert "data.dvc names another data set" in done.stderr
+    assert "dvc pull" in done.stderr
+    assert (workspace / "data.dvc").read_text() == other
+    assert not (workspace / "data").exists()
+
+
 def test_a_batch_is_added_and_committed_in_one_go(workspace: Path, make_folder) -> None:
     (workspace / "data.dvc").unlink()
     done = nss("data", "add", str(make_folder(workspace.parent / "photos", each=3)), "--json", cwd=workspace)

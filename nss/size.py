@@ -1,0 +1,28 @@
+"""How large a model is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nss.model import device_of, evaluating, shape_of
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of trainable and frozen weights, without buffers."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, input_shape: Sequence[int] | None = None) -> int:
+    """Return the multiply-adds of convolutions and matrix products for one image, as PyTorch counts them.
+
+    input_shape: (channels, height, width), needed for models not made by `build_model`.
+    """
+    shape = shape_of(model, input_shape)
+    image = torch.zeros(1, *shape, device=device_of(model))
+    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image)
+    return int(counter.get_total_flops()) // 2
