@@ -15,6 +15,8 @@ BENCHES = {
     "profile": (["fashion-mnist"], ["nss.zoo:vgg_small", "torchvision.models:resnet18"]),
     "scale": ([], []),
     "rq1": (["fashion-mnist"], ["nss.zoo:vgg_small", "nss.zoo:resnet20"]),
+    "restructure": (["fashion-mnist"], ["nss.zoo:vgg_small", "nss.zoo:resnet20"]),
+    "rq2": (["fashion-mnist"], ["nss.zoo:vgg_small", "nss.zoo:resnet20"]),
 }
 
 
@@ -27,6 +29,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2", help="comma separated")
     parser.add_argument("--quick", action="store_true", help="one seed and a subset, for a look")
     parser.add_argument("--json", type=Path, required=True, metavar="OUT.json")
+    parser.add_argument("--summary", action="store_true", help="write means and spreads only")
     parser.add_argument("--track", action="store_true", help="log the result to the MLflow experiment nss-bench")
     args = parser.parse_args()
     data, models = BENCHES[args.name]
@@ -41,7 +44,7 @@ def main() -> None:
     )
     module = importlib.import_module(f"bench.{args.name}")
     report = module.run(settings)
-    report.write(args.json)
+    report.write(args.json, rows=not args.summary)
     picture = args.json.with_suffix(".png")
     module.draw(report, picture)
     if args.track:

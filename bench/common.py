@@ -55,8 +55,8 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     summary: list[Row] = field(default_factory=list)
 
-    def write(self, path: Path) -> None:
-        """Write the result file."""
+    def write(self, path: Path, *, rows: bool = True) -> None:
+        """Write the result file, with or without the rows that the summary is made of."""
         write_json(
             path,
             {
@@ -65,10 +65,18 @@ class Report:
                 "versions": versions(),
                 "machine": machine(),
                 "protocol": dict(self.protocol),
-                "rows": self.rows,
-                "summary": self.summary,
+                "rows": self.rows if rows else [],
+                "summary": _rounded(self.summary),
             },
         )
+
+
+def _rounded(rows: Iterable[Row]) -> list[Row]:
+    """Six significant digits: what is behind them differs between machines, and files that are kept stay small."""
+    return [
+        {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
+        for row in rows
+    ]
 
 
 def versions() -> dict[str, str]:

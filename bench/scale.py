@@ -38,7 +38,7 @@ def run(settings: Settings) -> Report:
             model="made up",
         )
         start = time.perf_counter()
-        slices = semantic_slices(critical_neurons(made_up), made_up)
+        slices = semantic_slices(critical_neurons(made_up, "taylor"), made_up)
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         report.rows.append({"categories": categories, "slices": len(slices), "seconds": seconds, "peak_mb": peak})

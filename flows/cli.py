@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +28,13 @@ data = typer.Typer(help="Add to the versioned data set, or look at it.", no_args
 app.add_typer(data, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+class Format(StrEnum):
+    """What `nss export` writes."""
+
+    onnx = "onnx"
+    program = "program"
 
 
 @app.command(epilog="Examples:  nss run   |   nss run --json | jq .stages")
@@ -51,7 +60,7 @@ def run(
 
 
 @app.command()
-def stage(verb: Annotated[str, typer.Argument(help="base, profile, slice or evaluate")]) -> None:
+def stage(verb: Annotated[str, typer.Argument(help="base, profile, slice, restructure or evaluate")]) -> None:
     """Run one stage. This is what dvc.yaml calls; people use `nss run` or `dvc repro VERB`."""
     from tasks.stage import main as run_stage
 
@@ -96,6 +105,37 @@ def data_status(as_json: Json = False) -> None:
 
     content = status(find_workspace())
     _print_json(content) if as_json else _print(show.data_status(content))
+
+
+@app.command(
+    epilog="Examples:  nss export model.onnx   |   nss export artifacts/restructure/model small.pt2   |   "
+    "nss export model.onnx --json | jq .latency"
+)
+def export(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="[MODEL_FOLDER] OUT",
+            show_default=False,
+            help="The model (default: artifacts/base/model), and the file: .onnx, or .pt2 for a program.",
+        ),
+    ],
+    kind: Annotated[
+        Format | None,
+        typer.Option("--format", help="onnx, or program for `torch.export.load`; default: by OUT."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="The data folder to check on; default: data/, if there is one.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model for serving: uint8 images in, any batch size. Checked on held-out images, and timed."""
+    if len(paths) > 2:
+        raise typer.BadParameter("one model folder and one file, please", param_hint="MODEL_FOLDER OUT")
+    from flows import export as exporting
+
+    done = exporting.export(paths[0] if len(paths) == 2 else None, paths[-1], kind and kind.value, data)
+    _print_json(done.to_dict()) if as_json else _print(exporting.text(done))
 
 
 @app.command()

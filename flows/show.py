@@ -17,6 +17,7 @@ _KEY_METRIC = {
     "base": ("val_accuracy", "validation accuracy {:.1%}"),
     "profile": ("neurons", "{} neurons"),
     "slice": ("slices", "{} slices"),
+    "restructure": ("macs_kept", "{:.0%} of the multiply-adds"),
     "evaluate": ("accuracy", "accuracy {:.1%}"),
 }
 
@@ -29,28 +30,37 @@ def stage_line(stage: StageReport) -> str:
     """
     name, text = _KEY_METRIC.get(stage.stage, ("", ""))
     figure = text.format(stage.metrics[name]) if name in stage.metrics else ""
-    return f"{stage.stage:<10} {stage.outcome.capitalize():<9} {stage.seconds:6.1f} s  {figure}".rstrip()
+    return f"{stage.stage:<11} {stage.outcome.capitalize():<9} {stage.seconds:6.1f} s  {figure}".rstrip()
 
 
 def summary(report: CycleReport, workspace: Workspace, *, is_temporary: bool) -> str:
     """What came out of a cycle and where to look. is_temporary: whether Prefect's server has ended with the run."""
     scores = read_json(workspace.out("evaluate") / "evaluation.json")
     model, slices = scores["model"], scores["slices"]
+    sizes = read_json(workspace.out("restructure") / "metrics.json")
     lines = [
         "",
         f"accuracy    {model['accuracy']:.2%} on {model['images']} held-out images",
         f"worst class {model['worst_class']} {model['worst_accuracy']:.2%}",
         f"slices      {len(slices['slices'])}, told no category {slices['vote_accuracy']:.2%}",
         *(_slice_line(each) for each in slices["slices"]),
+        *_size_lines(sizes, read_json(workspace.out("evaluate") / "metrics.json")),
         "",
         "MLflow runs",
-        f"  {'cycle':<9} {report.run_id or 'not logged'}",
-        *(f"  {each.stage:<9} {each.run_id or 'not logged'}" for each in report.stages),
+        f"  {'cycle':<11} {report.run_id or 'not logged'}",
+        *(f"  {each.stage:<11} {each.run_id or 'not logged'}" for each in report.stages),
         "",
         f"MLflow  {_mlflow_hint(report)}",
         f"Prefect {_prefect_hint(report, is_temporary)}",
     ]
     return "\n".join(lines)
+
+
+def _size_lines(sizes: dict[str, Any], scores: dict[str, Any]) -> list[str]:
+    if not sizes["done"]:
+        return []
+    shares = f"{sizes['macs_kept']:.0%} of the multiply-adds, {sizes['parameters_kept']:.0%} of the weights"
+    return [f"smaller     {scores['restructured_accuracy']:.2%} with {shares}"]
 
 
 def _slice_line(each: dict[str, Any]) -> str:

@@ -5,27 +5,42 @@
 >>> model = nss.build_model("nss.zoo:vgg_small", data.classes, data.image_shape, seed=0)
 """
 
+from nss.apply import apply_plan
 from nss.base import Epoch, train
 from nss.critical import CriticalNeurons, critical_neurons
 from nss.data import Dataset, load_data
 from nss.errors import (
     BusyError,
     DataError,
+    ExportError,
+    ExtendError,
     ModelError,
     NssError,
     ParamsError,
     ProfileError,
+    PruneError,
+    ReadaptError,
+    RestructureError,
     SiteError,
     SliceError,
     StageError,
 )
 from nss.evaluate import Evaluation, SlicesEvaluation, evaluate, evaluate_slices
+from nss.export import check_export, export_onnx, export_program
+from nss.finetune import fine_tune
+from nss.latency import Latency, measure_latency
 from nss.model import Classifier, ModelSpec, build_model, load_model, model_digest, save_model
+from nss.plan import RestructurePlan
+from nss.planner import Planner
 from nss.profile import Profile, profile
+from nss.prune_weights import prune_weights, prune_weights_iteratively
 from nss.remove import RemovalPlan, plan_removal, remove
+from nss.restructure import Restructured, restructure
 from nss.size import count_macs, count_parameters
 from nss.slice import SemanticSlice, SemanticSlices, semantic_slices
 from nss.sliced import sliced
+from nss.statistics import retake_statistics
+from nss.weight_masks import count_masked
 
 __version__ = "0.1.0"
 
@@ -37,31 +52,51 @@ __all__ = [
     "Dataset",
     "Epoch",
     "Evaluation",
+    "ExportError",
+    "ExtendError",
+    "Latency",
     "ModelError",
     "ModelSpec",
     "NssError",
     "ParamsError",
+    "Planner",
     "Profile",
     "ProfileError",
+    "PruneError",
+    "ReadaptError",
     "RemovalPlan",
+    "RestructureError",
+    "RestructurePlan",
+    "Restructured",
     "SemanticSlice",
     "SemanticSlices",
     "SiteError",
     "SliceError",
     "SlicesEvaluation",
     "StageError",
+    "apply_plan",
     "build_model",
+    "check_export",
     "count_macs",
+    "count_masked",
     "count_parameters",
     "critical_neurons",
     "evaluate",
     "evaluate_slices",
+    "export_onnx",
+    "export_program",
+    "fine_tune",
     "load_data",
     "load_model",
+    "measure_latency",
     "model_digest",
     "plan_removal",
     "profile",
+    "prune_weights",
+    "prune_weights_iteratively",
     "remove",
+    "restructure",
+    "retake_statistics",
     "save_model",
     "semantic_slices",
     "sliced",

@@ -43,6 +43,8 @@ class Producer:
     """int64 [in channels, as the weight's second axis counts them times groups]; -1 where nothing is tracked"""
     dim: int
     """the channel axis of the output: 1 for maps, the last for a linear layer"""
+    places: int
+    """number of positions of the output, for one image"""
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,8 @@ class _Walker(fx.Interpreter):
         module_path = str(node.target)
         call = 1 + sum(each.module == module_path for each in self.anatomy.producers)
         name = module_path if call == 1 else f"{module_path}#{call}"
-        self.anatomy.producers.append(Producer(name, module_path, node, out_ids, in_ids, dim))
+        places = result.numel() // len(out_ids)
+        self.anatomy.producers.append(Producer(name, module_path, node, out_ids, in_ids, dim, places))
         shape = [1] * result.dim()
         shape[dim] = len(out_ids)
         return out_ids.view(shape).expand(result.shape)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nss.data import Data, Dataset, iter_batches
+from nss.data import Data, Dataset
 from nss.errors import ModelError
 from nss.predict import predict
+from nss.steps import Schedule, sgd, step, training_images
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,13 @@ def train(
     >>> history[-1].val_accuracy
     0.97
     """
-    if epochs < 1 or batch_size < 1 or not 0 < learning_rate < float("inf") or not 0 <= weight_decay < float("inf"):
-        raise ModelError(
-            f"epochs {epochs}, batch_size {batch_size}, learning_rate {learning_rate}, weight_decay {weight_decay}",
-            allowed="epochs and batch_size from 1, learning_rate above 0, weight_decay from 0",
-        )
+    if epochs < 1 or batch_size < 1:
+        raise ModelError(f"epochs {epochs}, batch_size {batch_size}", allowed="epochs and batch_size from 1")
     held_out = data.split("val") if isinstance(data, Dataset) else None
-    images, labels = _whole(data.split("train") if isinstance(data, Dataset) else data)
+    images, labels = training_images(data)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), learning_rate, 0.9, weight_decay=weight_decay, nesterov=True)
     steps = max(1, len(images) // batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=max(4, epochs * steps), cycle_momentum=False
-    )
+    optimizer, schedule = sgd(model.parameters(), epochs * steps, learning_rate, weight_decay)
     history = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # dropout
@@ -71,7 +65,7 @@ def _epoch(
     images: Tensor,
     labels: Tensor,
     optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
+    schedule: Schedule,
     generator: torch.Generator,
     batch_size: int,
 ) -> tuple[float, float]:
@@ -82,32 +76,9 @@ def _epoch(
     steps = max(1, len(images) // batch_size)
     total, right, seen = 0.0, 0, 0
     for rows in order[: steps * batch_size].split(batch_size):
-        batch, target = images[rows].to(device), labels[rows].to(device)
-        logits = model(batch)
-        if int(target.min()) < 0 or int(target.max()) >= logits.shape[1]:
-            raise ModelError(f"labels up to {int(target.max())}", allowed=f"0 to {logits.shape[1] - 1}: one a logit")
-        loss = F.cross_entropy(logits, target)
-        if not bool(torch.isfinite(loss)):
-            raise ModelError("the loss is not finite any more", where="training", fix="lower the learning rate")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        total, seen = total + float(loss.detach()) * len(rows), seen + len(rows)
-        right += int((logits.argmax(1) == target).sum())
+        loss, correct = step(model, images[rows].to(device), labels[rows].to(device), optimizer, schedule)
+        total, seen, right = total + loss * len(rows), seen + len(rows), right + correct
     return total / seen, right / seen
-
-
-def _whole(data: Data) -> tuple[Tensor, Tensor]:
-    if isinstance(data, Dataset):
-        images, labels = data.images, data.labels
-    else:
-        rows = list(iter_batches(data, 1024))
-        images = torch.cat([batch for batch, _ in rows]) if rows else torch.zeros(0)
-        labels = torch.cat([target for _, target in rows]) if rows else torch.zeros(0)
-    if not len(images):
-        raise ModelError("there are no images to train on", fix="use data with a train split")
-    return images, labels
 
 
 def _accuracy(model: nn.Module, data: Dataset | None) -> float:

@@ -63,6 +63,26 @@ class SliceError(NssError):
     """Critical neurons or semantic slices cannot be computed from what was given."""
 
 
+class RestructureError(NssError):
+    """A model cannot be made as small as asked, or a plan does not fit it."""
+
+
+class PruneError(NssError):
+    """Weights cannot be pruned as asked."""
+
+
+class ExportError(NssError):
+    """A model cannot be exported, or what was exported answers differently."""
+
+
+class ReadaptError(NssError):
+    """A model cannot be re-adapted to the samples that were given."""
+
+
+class ExtendError(NssError):
+    """A model cannot be extended by the classes that were given."""
+
+
 class StageError(NssError):
     """A pipeline stage failed or cannot run."""
 

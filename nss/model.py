@@ -23,6 +23,7 @@ from nss.errors import ModelError
 from nss.files import file_digest, read_json, read_tensors, replacing, write_json, write_tensors
 from nss.mask import ChannelMask
 from nss.surgery import shrink
+from nss.weight_masks import MASK, PRUNABLE, apply_masks, plain_state
 
 FORMAT = 1
 TRUSTED = ("nss.zoo", "torchvision.models")
@@ -178,9 +179,9 @@ def find_factory(factory: str, allow: Sequence[str] = ()) -> Any:
 
 
 def model_digest(model: nn.Module) -> str:
-    """Digest of names, shapes and bytes of all parameters and buffers, 32 hexadecimal characters."""
+    """Digest of names, shapes and bytes of all parameters, buffers and masks, 32 hexadecimal characters."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(plain_state(model).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -201,7 +202,7 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
         raise ModelError("a masked view cannot be kept", fix="save nss.remove(model, neurons) instead")
     with replacing(Path(folder)) as part:
         part.mkdir()
-        write_tensors(part / "model.safetensors", model.state_dict(), {"format": FORMAT})
+        write_tensors(part / "model.safetensors", plain_state(model), {"format": FORMAT})
         weights = file_digest(part / "model.safetensors")
         write_json(part / "model.json", {"format": FORMAT, **asdict(model.spec), "weights": weights})
 
@@ -224,8 +225,26 @@ def load_model(folder: str | Path, allow: Sequence[str] = ()) -> Classifier:
     if spec.kept:
         shrink(network, spec.input_shape, spec.kept)
     model = Classifier(network, spec)
+    masks = _split_masks(model, tensors, folder)
     _fill(model, tensors, folder)
+    apply_masks(model, masks)
     return model.eval()
+
+
+def _split_masks(model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
+    """Take the masks of weights out of `tensors`. Returns {layer: mask}."""
+    own = model.state_dict()
+    names = [name for name in tensors if name.endswith(f".{MASK}") and name not in own]
+    masks = {name.removesuffix(f".{MASK}"): tensors.pop(name) for name in names}
+    prunable = {name: module.weight.shape for name, module in model.named_modules() if isinstance(module, PRUNABLE)}
+    for layer, mask in masks.items():
+        if mask.dtype != torch.bool or mask.shape != prunable.get(layer):
+            found = f"{str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}"
+            allowed = f"bool {list(prunable[layer])}" if layer in prunable else "layers with weights to mask"
+            raise ModelError(
+                f"the mask of {layer!r} is {found}", where=str(folder), allowed=allowed, fix="restore the folder"
+            )
+    return masks
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:

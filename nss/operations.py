@@ -116,6 +116,14 @@ def is_passing(node: fx.Node, root: nn.Module) -> bool:
     return node.op in ("call_function", "call_method") and name_of(node) in POOL_NAMES | PASSING_NAMES
 
 
+def is_dropout(node: fx.Node, root: nn.Module) -> bool:
+    """Say whether the node hands its input on in evaluation mode."""
+    module = module_of(node, root)
+    if module is not None:
+        return isinstance(module, PASSING)
+    return "dropout" in name_of(node) or name_of(node) == "stochastic_depth"
+
+
 def moves_zero(node: fx.Node, root: nn.Module) -> bool:
     """Say whether a channel that is zero before the node may not be zero after it."""
     module = module_of(node, root)

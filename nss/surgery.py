@@ -8,9 +8,9 @@ from typing import cast
 import torch
 from torch import nn
 
-from nss.anatomy import Producer
 from nss.errors import ModelError
 from nss.sites import Sites, find_sites
+from nss.weight_masks import apply_masks, release_masks
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 
@@ -42,17 +42,22 @@ def _mask(size: int, indices: tuple[int, ...]) -> torch.Tensor:
 def cut(network: nn.Module, sites: Sites, kept: torch.Tensor) -> dict[str, torch.Tensor]:
     """Remove from `network`, in place, every channel that is not kept and can leave; set the others to zero.
 
-    kept: bool [channels of the anatomy]. Returns {layer: bool [neurons], True = still there}.
+    Masks of weights are cut with their weights. kept: bool [channels of the anatomy].
+    Returns {layer: bool [neurons], True = still there}.
     """
     gone = sites.removable(kept)
     masked = ~kept & ~gone
+    masks = release_masks(network)
     done: set[str] = set()
     for producer in sites.anatomy.producers:
         layer = cast(Layer, network.get_submodule(producer.module))
         if producer.module not in done:
             _silence(layer, _lookup(sites.quiet(masked), producer.out_ids))
             _unread(layer, _lookup(sites.zeros(masked), producer.in_ids))
-            _cut_layer(layer, producer, gone)
+            stay_out, stay_in = (~_lookup(gone, ids) for ids in (producer.out_ids, producer.in_ids))
+            if producer.module in masks:
+                masks[producer.module] = _cut_weight(masks[producer.module], layer, stay_out, stay_in)
+            _cut_layer(layer, stay_out, stay_in)
         done.add(producer.module)
     for scaler in sites.anatomy.scalers:
         if scaler.module not in done:
@@ -60,6 +65,7 @@ def cut(network: nn.Module, sites: Sites, kept: torch.Tensor) -> dict[str, torch
             _silence(norm, _lookup(masked, scaler.ids))
             _cut_scaler(norm, ~_lookup(gone, scaler.ids))
         done.add(scaler.module)
+    apply_masks(network, masks)
     return {site.name: ~gone[site.ids] for site in sites}
 
 
@@ -86,20 +92,25 @@ def _unread(layer: Layer, columns: torch.Tensor) -> None:
             row[:, flags.to(row.device)] = 0
 
 
-def _cut_layer(layer: Layer, producer: Producer, gone: torch.Tensor) -> None:
-    stay_out, stay_in = (~_lookup(gone, ids) for ids in (producer.out_ids, producer.in_ids))
-    weight = layer.weight
+def _cut_layer(layer: Layer, stay_out: torch.Tensor, stay_in: torch.Tensor) -> None:
+    weight = _cut_weight(layer.weight, layer, stay_out, stay_in)
     groups = int(getattr(layer, "groups", 1))
-    device = weight.device
-    weight = weight[stay_out.to(device)]
-    if groups == 1:
-        weight = weight[:, stay_in.to(device)]
-    elif groups < len(stay_in):  # every group loses the same number: a table of what each group's outputs read
-        weight = _cut_grouped(weight, stay_in.view(groups, -1).to(device))
     layer.weight = nn.Parameter(weight.detach().clone(), layer.weight.requires_grad)
     if layer.bias is not None:
-        layer.bias = nn.Parameter(layer.bias[stay_out.to(device)].detach().clone(), layer.bias.requires_grad)
+        bias = layer.bias[stay_out.to(layer.bias.device)]
+        layer.bias = nn.Parameter(bias.detach().clone(), layer.bias.requires_grad)
     _set_sizes(layer, int(stay_in.sum()), int(stay_out.sum()), depthwise=1 < groups == len(stay_in))
+
+
+def _cut_weight(weight: torch.Tensor, layer: Layer, stay_out: torch.Tensor, stay_in: torch.Tensor) -> torch.Tensor:
+    """weight: of the shape of the layer's, the weight itself or its mask."""
+    groups = int(getattr(layer, "groups", 1))
+    weight = weight[stay_out.to(weight.device)]
+    if groups == 1:
+        return weight[:, stay_in.to(weight.device)]
+    if groups < len(stay_in):  # every group loses the same number: a table of what each group's outputs read
+        return _cut_grouped(weight, stay_in.view(groups, -1).to(weight.device))
+    return weight
 
 
 def _cut_grouped(weight: torch.Tensor, stay: torch.Tensor) -> torch.Tensor:

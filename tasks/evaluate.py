@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nss.data import load_data
+from nss.data import Dataset, load_data
 from nss.evaluate import evaluate, evaluate_slices
 from nss.files import replacing, write_json
 from nss.model import load_model, model_digest
@@ -29,11 +29,19 @@ def run(params: EvaluateParams, workspace: Workspace) -> None:
         part.mkdir()
         scores = {"accuracy": whole.accuracy, "worst_accuracy": whole.worst_accuracy, "images": whole.images}
         votes = {"vote_accuracy": parts.vote_accuracy, "told_accuracy": parts.told_accuracy}
-        write_json(part / "metrics.json", {**scores, **votes})
+        write_json(part / "metrics.json", {**scores, **votes, **_restructured(workspace, held_out, params)})
         write_csv(part / "per_class.csv", ["class", "accuracy"], whole.per_class.items())
         write_csv(part / "confusion.csv", ["actual", "predicted"], _answers(whole.confusion, whole.classes))
         write_json(part / "evaluation.json", {"model": whole.to_dict(), "slices": parts.to_dict()})
         write_json(part / "source.json", sources)
+
+
+def _restructured(workspace: Workspace, held_out: Dataset, params: EvaluateParams) -> dict[str, float]:
+    folder = workspace.out("restructure") / "model"
+    if not folder.exists():
+        return {}  # restructure.when is never
+    found = evaluate(load_model(folder, workspace.packages), held_out, batch_size=params.batch_size)
+    return {"restructured_accuracy": found.accuracy, "restructured_worst_accuracy": found.worst_accuracy}
 
 
 def _answers(confusion: Tensor, classes: tuple[str, ...]) -> list[tuple[str, str]]:

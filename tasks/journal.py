@@ -21,7 +21,13 @@ from tasks.provenance import data_md5, provenance_tags
 from tasks.tracking import Tracker
 from tasks.workspace import Workspace
 
-_CONTEXT = {"base": "training", "profile": "profiling", "slice": "validation", "evaluate": "evaluation"}
+_CONTEXT = {
+    "base": "training",
+    "profile": "profiling",
+    "slice": "validation",
+    "restructure": "validation",
+    "evaluate": "evaluation",
+}
 
 
 def begin(tracker: Tracker, workspace: Workspace, verb: str, key: StageKey, parent: str | None) -> Run:
@@ -128,6 +134,40 @@ def _log_part(tracker: Tracker, parent: str, workspace: Workspace, key: StageKey
     tracker.end(run_id, "FINISHED")
 
 
+def _log_restructure(tracker: Tracker, run: Run, workspace: Workspace, key: StageKey) -> None:
+    folder, run_id = workspace.out("restructure"), run.info.run_id
+    if not (folder / "model").exists():
+        return  # restructure.when is never
+    from nss.latency import measure_latency
+    from nss.model import load_model
+    from tasks import pictures
+
+    kept = _table(folder / "kept.csv")
+    curve = [_floats(row) for row in _table(folder / "curve.csv")]
+    change = _table(folder / "change.csv")
+    before, after = ({row["class"]: float(row[name]) for row in change} for name in ("before", "after"))
+    drawn = {
+        "kept_neurons.png": pictures.kept_neurons(
+            {"restructured": {row["layer"]: int(row["kept"]) for row in kept}},
+            {row["layer"]: int(row["total"]) for row in kept},
+        ),
+    }
+    if change:
+        chosen = min(curve, key=lambda row: abs(row["macs"] - read_json(folder / "metrics.json")["macs_kept"]))
+        drawn["size_curve.png"] = pictures.size_curve(curve, chosen["model"])
+        drawn["class_change.png"] = pictures.class_change(before, after)
+    for name, figure in drawn.items():
+        tracker.client.log_figure(run_id, figure, name)
+    tracker.log(run, metrics={f"class_change/{name}": after[name] - before[name] for name in before})
+    tracker.log(run, metrics={f"kept/{row['layer']}": int(row["kept"]) for row in kept})
+    # Measured here and not in the stage: a duration is another one each time, and outputs are not.
+    for name, path in {"": folder / "model", "original_": workspace.out("base") / "model"}.items():
+        latency = measure_latency(load_model(path, workspace.packages))
+        tracker.log(run, metrics={f"{name}latency_ms_{size}": latency.median_ms[size] for size in latency.median_ms})
+        tracker.log(run, metrics={f"{name}bytes": (path / "model.safetensors").stat().st_size})
+    tracker.log_model(run_id, "restructured", folder / "model", {"stage_key": key.digest})
+
+
 def _log_evaluate(tracker: Tracker, run: Run, workspace: Workspace, key: StageKey) -> None:
     from tasks import pictures
 
@@ -143,12 +183,16 @@ def _log_evaluate(tracker: Tracker, run: Run, workspace: Workspace, key: StageKe
     tracker.client.log_figure(run_id, pictures.class_accuracy(accuracy, overall), "class_accuracy.png")
 
 
-_DETAILS = {"base": _log_base, "slice": _log_slice, "evaluate": _log_evaluate}
+_DETAILS = {"base": _log_base, "slice": _log_slice, "restructure": _log_restructure, "evaluate": _log_evaluate}
 
 
 def _table(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def _floats(row: dict[str, str]) -> dict[str, Any]:
+    return {name: value if name == "model" else float(value or "nan") for name, value in row.items()}
 
 
 def _numbers(content: dict[str, Any]) -> dict[str, float]:

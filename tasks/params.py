@@ -14,6 +14,7 @@ from nss.errors import ParamsError
 Metric = Literal["avg", "var", "ens", "taylor", "deeplift"]
 Rule = Literal["cumulative", "score", "energy", "category", "global"]
 Linkage = Literal["average", "complete", "single"]
+Budget = Literal["macs", "params", "latency_ms", "max_accuracy_drop"]
 _FACTORY = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 _PACKAGE = r"^[A-Za-z_]\w*$"
 
@@ -66,6 +67,20 @@ class SliceParams(_Group):
     )
 
 
+class RestructureParams(_Group):
+    """How much smaller the model gets."""
+
+    when: Literal["always", "never"] = Field(description="always or never")
+    budget: Budget = Field(description="macs, params, latency_ms or max_accuracy_drop")
+    target: float = Field(gt=0, description="a share above 0, at most 1 (latency_ms: milliseconds)")
+    cap: float = Field(gt=0, lt=1, description="a share above 0, below 1: the most of a layer that may leave")
+    fine_tune_steps: int = Field(ge=0, le=1_000_000, description="a whole number from 0 to 1000000")
+    learning_rate: float = Field(gt=0, le=100, description="a number above 0, at most 100")
+    distil: bool = Field(description="true or false")
+    curve: list[Annotated[float, Field(gt=0, le=1)]] = Field(description="a list of shares above 0, at most 1")
+    seed: int = Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
+
+
 class EvaluateParams(_Group):
     """What the models are scored on."""
 
@@ -79,6 +94,7 @@ class Params(_Group):
     base: BaseParams
     profile: ProfileParams
     slice: SliceParams
+    restructure: RestructureParams
     evaluate: EvaluateParams
 
     def group(self, verb: str) -> BaseModel:
@@ -162,6 +178,11 @@ def _inconsistent(params: Params) -> list[str]:
         gathered = ", ".join(params.profile.metrics)
         problems.append(
             f"slice.metric: {params.slice.metric!r} is not gathered; allowed: one of profile.metrics ({gathered})"
+        )
+    if params.restructure.budget != "latency_ms" and params.restructure.target > 1:
+        problems.append(
+            f"restructure.target: {params.restructure.target!r} is not allowed for {params.restructure.budget}; "
+            "allowed: a share above 0, at most 1"
         )
     if params.slice.n_slices is not None and params.slice.distance_threshold is not None:
         problems.append("slice: n_slices and distance_threshold are both given; allowed: one of them, the other null")

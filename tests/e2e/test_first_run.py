@@ -12,13 +12,13 @@ from nss.evaluate import evaluate_slices
 from nss.model import load_model
 from nss.slice import SemanticSlices
 
-STAGES = ["base", "profile", "slice", "evaluate"]
+STAGES = ["base", "profile", "slice", "restructure", "evaluate"]
 
 
 def test_the_run_prints_a_line_a_stage_and_where_to_look(executed) -> None:
     copy, ended = executed
     lines = ended.out.splitlines()
-    assert [line.split()[:2] for line in lines[:4]] == [[stage, "Executed"] for stage in STAGES]
+    assert [line.split()[:2] for line in lines[: len(STAGES)]] == [[stage, "Executed"] for stage in STAGES]
     scores = copy.json("artifacts/evaluate/evaluation.json")
     assert f"accuracy    {scores['model']['accuracy']:.2%} on 373 held-out images" in ended.out
     for each in scores["slices"]["slices"]:
@@ -87,6 +87,7 @@ def test_runs_say_where_they_come_from(executed) -> None:
     [
         ("base", {"training.png"}),
         ("slice", {"dendrogram.png", "overlap.png", "kept_neurons.png"}),
+        ("restructure", {"kept_neurons.png", "size_curve.png", "class_change.png"}),
         ("evaluate", {"confusion.png", "class_accuracy.png"}),
     ],
 )

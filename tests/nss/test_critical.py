@@ -40,7 +40,7 @@ def test_the_cumulative_rule_on_numbers_worked_out_by_hand() -> None:
     found = profile_of([[5, 1, 3, 1], [0, 0, 0, 4]])
     # shares .5 .3 .1 .1: 0.5 needs one, 0.51 two, 0.8 two exactly, 0.81 three (the lower index of the two equals)
     for threshold, expected in ((0.5, [0]), (0.51, [0, 2]), (0.8, [0, 2]), (0.81, [0, 1, 2]), (1.0, [0, 1, 2, 3])):
-        assert kept(critical_neurons(found, threshold=threshold)) == [expected, [3]]
+        assert kept(critical_neurons(found, "taylor", rule="cumulative", threshold=threshold)) == [expected, [3]]
 
 
 def smallest_subset(scores: list[float], share: float) -> list[int]:
@@ -57,7 +57,7 @@ def smallest_subset(scores: list[float], share: float) -> list[int]:
 @given(layer=rows, threshold=st.sampled_from([0.05, 0.3, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0]))
 @settings(max_examples=80, deadline=None)
 def test_the_cumulative_rule_keeps_the_smallest_subset(layer: list[list[float]], threshold: float) -> None:
-    found = kept(critical_neurons(profile_of(layer), threshold=threshold))
+    found = kept(critical_neurons(profile_of(layer), "taylor", rule="cumulative", threshold=threshold))
     for scores, indices in zip(layer, found, strict=True):
         expected = smallest_subset(scores, threshold)
         assert len(indices) == len(expected)
@@ -71,7 +71,9 @@ def test_a_higher_threshold_never_loses_a_neuron_and_no_layer_is_emptied(
 ) -> None:
     low, high = sorted((low, high))
     found = profile_of(layer)
-    fewer, more = (critical_neurons(found, rule=rule, threshold=each).neurons["layer0"] for each in (low, high))
+    fewer, more = (
+        critical_neurons(found, "taylor", rule=rule, threshold=each).neurons["layer0"] for each in (low, high)
+    )
     assert not (fewer & ~more).any()
     assert fewer.any(1).all()
     assert fewer.dtype == torch.bool
@@ -87,9 +89,9 @@ def test_the_baselines_keep_the_top_share_of_a_layer(layer: list[list[float]], t
     def top(scores: list[float]) -> list[int]:
         return sorted(sorted(range(len(scores)), key=lambda i: (-round(scores[i], 9), i))[:count])
 
-    category = critical_neurons(found, rule="category", threshold=tenths / 10)
+    category = critical_neurons(found, "taylor", rule="category", threshold=tenths / 10)
     assert kept(category) == [top(row) for row in normalised]
-    overall = critical_neurons(found, rule="global", threshold=tenths / 10)
+    overall = critical_neurons(found, "taylor", rule="global", threshold=tenths / 10)
     sums = [sum(row[i] for row in layer) for i in range(len(layer[0]))]
     assert kept(overall) == [top(sums)] * len(layer)
 
@@ -97,14 +99,14 @@ def test_the_baselines_keep_the_top_share_of_a_layer(layer: list[list[float]], t
 def test_the_global_baseline_weighs_categories_by_their_samples() -> None:
     # Sums, not shares: class a has one large neuron, class b many samples on the other.
     found = profile_of([[9, 1], [20, 80]], counts=[1, 10])
-    assert kept(critical_neurons(found, rule="global", threshold=0.5)) == [[1], [1]]
-    assert kept(critical_neurons(found, rule="category", threshold=0.5)) == [[0], [1]]
+    assert kept(critical_neurons(found, "taylor", rule="global", threshold=0.5)) == [[1], [1]]
+    assert kept(critical_neurons(found, "taylor", rule="category", threshold=0.5)) == [[0], [1]]
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_equal_scores_and_silent_layers_go_to_the_lower_index(rule: str) -> None:
     found = profile_of([[1] * 4, [0] * 4], [[2, 1, 2, 2], [0, 0, 0, 0]])
-    critical = critical_neurons(found, rule=rule, threshold=0.5)
+    critical = critical_neurons(found, "taylor", rule=rule, threshold=0.5)
     assert kept(critical)[0] == [0, 1]
     assert kept(critical, "layer1")[0] == [0, 2]
     silent = {"cumulative": [0], "category": [0, 1], "global": [0, 1]}[rule]
@@ -119,7 +121,7 @@ def test_a_layer_of_tiny_weights_is_not_emptied_by_one_threshold_for_all(
     torch.manual_seed(0)
     data = networks.floats(12, (1, 8, 8)), torch.arange(12) % 2
     found = profile(networks.Three(), data, classes=("a", "b"), input_shape=(1, 8, 8))
-    critical = critical_neurons(found, rule=rule, threshold=threshold)
+    critical = critical_neurons(found, "taylor", rule=rule, threshold=threshold)
     assert list(critical.neurons) == ["conv1", "conv2", "conv3"]
     for mask in critical.neurons.values():
         assert mask.any(1).all()
@@ -129,45 +131,47 @@ def test_a_layer_of_tiny_weights_is_not_emptied_by_one_threshold_for_all(
 
 def test_every_metric_that_was_gathered_can_decide(networks: ModuleType) -> None:
     found = profile(networks.Plain(), networks.plain_samples(), classes=("a", "b"), input_shape=(1, 2, 2))
-    assert kept(critical_neurons(found, "avg", threshold=0.75), "conv") == [[0, 1], [1]]
-    assert kept(critical_neurons(found, "var", threshold=0.75), "hidden") == [[2], [2]]
-    assert kept(critical_neurons(found, "ens", threshold=0.6), "hidden") == [[2], [0, 2]]
-    critical = critical_neurons(found, "taylor", threshold=0.75)
+    assert kept(critical_neurons(found, "avg", rule="cumulative", threshold=0.75), "conv") == [[0, 1], [1]]
+    assert kept(critical_neurons(found, "var", rule="cumulative", threshold=0.75), "hidden") == [[2], [2]]
+    assert kept(critical_neurons(found, "ens", rule="cumulative", threshold=0.6), "hidden") == [[2], [0, 2]]
+    critical = critical_neurons(found, "taylor", rule="cumulative", threshold=0.75)
     assert kept(critical, "hidden") == [[0, 1], [0, 1]]
     assert (critical.metric, critical.rule, critical.threshold) == ("taylor", "cumulative", 0.75)
     with pytest.raises(ProfileError, match="'lift' was not gathered"):
-        critical_neurons(found, "lift")
+        critical_neurons(found, "lift", rule="cumulative")
 
 
 def test_one_image_of_a_category_is_enough_for_taylor_but_not_for_the_variance(networks: ModuleType) -> None:
     images, labels = networks.plain_samples()
     data = images[:3], labels[:3]
     found = profile(networks.Plain(), data, classes=("a", "b"), input_shape=(1, 2, 2))
-    assert kept(critical_neurons(found, threshold=0.9), "conv") == [[0, 1], [0, 1]]
+    assert kept(critical_neurons(found, "taylor", rule="cumulative", threshold=0.9), "conv") == [[0, 1], [0, 1]]
     with pytest.raises(ProfileError, match="'var' needs two samples of a category"):
-        critical_neurons(found, "var")
+        critical_neurons(found, "var", rule="cumulative")
 
 
 def test_a_category_without_images_is_named() -> None:
     with pytest.raises(SliceError, match="no sample of b, c was profiled"):
-        critical_neurons(profile_of([[1], [0], [0]], counts=[3, 0, 0]))
+        critical_neurons(profile_of([[1], [0], [0]], counts=[3, 0, 0]), "taylor", rule="cumulative")
 
 
 @pytest.mark.parametrize("threshold", [0, -0.1, 1.1, float("nan")])
 def test_a_threshold_out_of_range_is_refused(threshold: float) -> None:
     with pytest.raises(SliceError, match=f"the threshold is {threshold}") as caught:
-        critical_neurons(profile_of([[1], [1]]), threshold=threshold)
+        critical_neurons(profile_of([[1], [1]]), "taylor", rule="cumulative", threshold=threshold)
     assert caught.value.allowed == "above 0, at most 1"
 
 
 def test_an_unknown_rule_is_refused_with_those_that_exist() -> None:
     with pytest.raises(SliceError, match="the rule is 'best'") as caught:
-        critical_neurons(profile_of([[1], [1]]), rule="best")
+        critical_neurons(profile_of([[1], [1]]), "taylor", rule="best")
     assert set(RULES) <= set(caught.value.allowed.split(", "))
 
 
 def test_critical_neurons_load_back_as_they_were_saved_and_equal_ones_give_equal_bytes(tmp_path: Path) -> None:
-    critical = critical_neurons(profile_of([[3, 1, 2], [1, 1, 1]], [[1, 2], [2, 1]]), rule="category", threshold=0.4)
+    critical = critical_neurons(
+        profile_of([[3, 1, 2], [1, 1, 1]], [[1, 2], [2, 1]]), "taylor", rule="category", threshold=0.4
+    )
     critical.save(tmp_path / "a")
     again = CriticalNeurons.load(tmp_path / "a")
     again.save(tmp_path / "b")
@@ -193,14 +197,14 @@ def test_a_missing_damaged_or_foreign_file_is_refused(tmp_path: Path) -> None:
 
 def test_masks_of_all_rules_can_be_written_and_are_whole_tensors() -> None:
     for rule in RULES:
-        masks: list[Tensor] = list(critical_neurons(profile_of([[1, 2], [2, 1]]), rule=rule).neurons.values())
+        masks: list[Tensor] = list(critical_neurons(profile_of([[1, 2], [2, 1]]), "taylor", rule=rule).neurons.values())
         assert all(mask.is_contiguous() for mask in masks)
 
 
 @given(layer=rows, threshold=st.sampled_from([0.05, 0.3, 0.5, 0.75, 0.9, 1.0]))
 @settings(max_examples=40, deadline=None)
 def test_the_score_rule_keeps_what_comes_near_enough_to_the_largest(layer: list[list[float]], threshold: float) -> None:
-    found = kept(critical_neurons(profile_of(layer), rule="score", threshold=threshold))
+    found = kept(critical_neurons(profile_of(layer), "taylor", rule="score", threshold=threshold))
     for scores, indices in zip(layer, found, strict=True):
         total = sum(scores) or 1
         least = (1 - threshold) * max(scores) / total - 1e-9

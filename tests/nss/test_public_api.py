@@ -34,7 +34,7 @@ def test_the_verbs_have_the_names_and_parameters_that_were_fixed() -> None:
 
 def test_defaults_are_those_that_were_fixed() -> None:
     critical = inspect.signature(nss.critical_neurons).parameters
-    assert [critical[name].default for name in ("metric", "rule", "threshold")] == ["taylor", "cumulative", 0.95]
+    assert [critical[name].default for name in ("metric", "rule", "threshold")] == ["deeplift", "score", 0.97]
     assert inspect.signature(nss.semantic_slices).parameters["linkage"].default == "average"
     assert set(inspect.signature(nss.profile).parameters["metrics"].default) >= {"avg", "var", "ens", "taylor"}
 

@@ -35,7 +35,7 @@ def made_of(*layers: Tensor) -> Profile:
 def random_case(classes: int, seed: int, threshold: float = 0.7) -> tuple[CriticalNeurons, Profile]:
     generator = torch.Generator().manual_seed(seed)
     profile = made_of(*(torch.rand(classes, size, generator=generator) ** 3 for size in (7, 5)))
-    return critical_neurons(profile, threshold=threshold), profile
+    return critical_neurons(profile, "taylor", rule="cumulative", threshold=threshold), profile
 
 
 def from_similarities(similar: list[list[float]]) -> tuple[CriticalNeurons, Profile]:
@@ -97,7 +97,7 @@ def test_sets_without_weight_are_at_distance_one_from_all_others_and_from_each_o
 
 def test_equal_categories_are_at_distance_zero() -> None:
     profile = made_of(torch.tensor([[0.1, 0.2, 0.7]] * 3))
-    critical = critical_neurons(profile, threshold=0.8)
+    critical = critical_neurons(profile, "taylor", rule="cumulative", threshold=0.8)
     assert category_distances(critical, profile).tolist() == [[0] * 3] * 3
     assert len(semantic_slices(critical, profile, distance_threshold=0.1)) == 1
 
@@ -113,7 +113,7 @@ def test_similar_categories_come_together_not_dissimilar_ones() -> None:
     # The trap of method.md 4 with its very numbers: .1 shared with the third by each of two that share .9.
     weights = torch.tensor([[0.9, 0.1, 0.0], [0.9, 0.1, 0.0], [0.0, 0.1, 0.9]])
     three = made_of(weights)
-    trap = semantic_slices(critical_neurons(three, threshold=1.0), three, n_slices=2)
+    trap = semantic_slices(critical_neurons(three, "taylor", rule="cumulative", threshold=1.0), three, n_slices=2)
     assert [each.indices for each in trap] == [(0, 1), (2,)]
 
 
@@ -185,7 +185,7 @@ def test_without_a_number_or_threshold_the_best_silhouette_decides(classes: int,
 def test_three_clear_pairs_give_three_slices() -> None:
     pairs = torch.eye(3).repeat_interleave(2, 0) + 0.01
     profile = made_of(pairs)
-    slices = semantic_slices(critical_neurons(profile, threshold=1.0), profile)
+    slices = semantic_slices(critical_neurons(profile, "taylor", rule="cumulative", threshold=1.0), profile)
     assert [each.categories for each in slices] == [("a", "b"), ("c", "d"), ("e", "f")]
     assert [each.name for each in slices] == ["slice-0", "slice-1", "slice-2"]
 
@@ -193,7 +193,7 @@ def test_three_clear_pairs_give_three_slices() -> None:
 def test_slices_are_in_the_order_of_their_first_category() -> None:
     rows = torch.tensor([[0, 1.0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0]])
     profile = made_of(rows)
-    slices = semantic_slices(critical_neurons(profile), profile, n_slices=3)
+    slices = semantic_slices(critical_neurons(profile, "taylor", rule="cumulative"), profile, n_slices=3)
     assert [each.indices for each in slices] == [(0, 2), (1, 4), (3,)]
     assert [each.categories for each in slices] == [("a", "c"), ("b", "e"), ("d",)]
 
@@ -212,7 +212,7 @@ def test_a_slice_has_the_union_of_its_categories_neurons(classes: int, seed: int
 
 def test_one_category_is_one_slice() -> None:
     profile = made_of(torch.tensor([[3.0, 1.0]]))
-    critical = critical_neurons(profile, threshold=0.7)
+    critical = critical_neurons(profile, "taylor", rule="cumulative", threshold=0.7)
     for how in ({}, {"n_slices": 1}, {"distance_threshold": 0.5}):
         slices = semantic_slices(critical, profile, **how)
         assert [each.categories for each in slices] == [("a",)]

@@ -62,13 +62,13 @@ def test_a_stage_depends_on_exactly_the_code_it_runs(verb: str) -> None:
 
 
 def test_stages_have_a_params_group_a_command_and_an_output_of_their_name() -> None:
-    assert list(STAGES) == list(Params.model_fields) == ["base", "profile", "slice", "evaluate"]
+    assert list(STAGES) == list(Params.model_fields) == ["base", "profile", "slice", "restructure", "evaluate"]
     for verb, stage in STAGES.items():
         assert (stage["cmd"], stage["params"], stage["outs"]) == (f"nss stage {verb}", [verb], [f"artifacts/{verb}"])
 
 
 def test_the_module_behind_slice_is_no_dependency_of_what_comes_before() -> None:
-    assert [verb for verb in STAGES if "nss/slice.py" in STAGES[verb]["deps"]] == ["slice", "evaluate"]
+    assert [verb for verb in STAGES if "nss/slice.py" in STAGES[verb]["deps"]] == ["slice", "restructure", "evaluate"]
 
 
 def test_what_stands_in_params_yaml_is_allowed() -> None:

@@ -8,8 +8,9 @@ import pytest
 from nss.critical import RULES
 from nss.errors import ParamsError
 from nss.profile import METRICS
+from nss.restructure import BUDGETS
 from nss.slice import LINKAGES
-from tasks.params import Linkage, Metric, Rule, load_params
+from tasks.params import Budget, Linkage, Metric, Rule, load_params
 
 GOOD: dict[str, dict[str, str]] = {
     "base": {
@@ -40,6 +41,17 @@ GOOD: dict[str, dict[str, str]] = {
         "distance_threshold": "0.5",
         "linkage": "average",
         "layers": "null",
+    },
+    "restructure": {
+        "when": "always",
+        "budget": "macs",
+        "target": "0.5",
+        "cap": "0.9",
+        "fine_tune_steps": "0",
+        "learning_rate": "1e-2",
+        "distil": "true",
+        "curve": "[]",
+        "seed": "0",
     },
     "evaluate": {"split": "test", "batch_size": "500"},
 }
@@ -191,7 +203,7 @@ def test_broken_yaml_is_refused_with_the_place(tmp_path: Path, text: str) -> Non
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(text)
-    with pytest.raises(ParamsError, match=r"not a mapping of groups\n.*\n  allowed: base, profile, slice, evaluate"):
+    with pytest.raises(ParamsError, match=r"not a mapping of groups\n.*\n  allowed: base, profile, slice, restr"):
         load_params(path)
 
 
@@ -199,6 +211,7 @@ def test_what_is_allowed_is_what_nss_knows() -> None:
     assert get_args(Metric) == METRICS
     assert get_args(Rule) == tuple(RULES)
     assert get_args(Linkage) == LINKAGES
+    assert get_args(Budget) == BUDGETS
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,282 @@
+"""Restructuring against torch-pruning: accuracy at the same share of the multiply-adds, before and after fine-tuning.
+
+Everybody gets the same images, for statistics of BatchNorm taken again and for a fine-tune of the same steps, order and
+learning rate. Latencies are taken last, of the saved models, once for each number of threads: run again with
+OMP_NUM_THREADS=2 on a quiet machine, and only they are measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from bench.common import CACHE, Report, Row, Settings, base_model, dataset, digest, mean_and_spread, resumed, show
+from bench.peers import CAP, PEERS, prune, taylor_gradients
+from nss.critical import critical_neurons
+from nss.data import Dataset
+from nss.evaluate import Evaluation, evaluate
+from nss.finetune import fine_tune
+from nss.latency import measure_latency
+from nss.model import Classifier, load_model, model_digest, save_model
+from nss.profile import Profile, profile
+from nss.remove import remove
+from nss.restructure import Restructured, restructure
+from nss.size import count_macs, count_parameters
+from nss.slice import SemanticSlices, semantic_slices
+from nss.statistics import retake_statistics
+from nss.steps import first_of_each, training_images
+
+BUDGETS = (0.5, 0.25, 0.1)
+OURS = ("nss", "nss-cut")
+QUICK = ("nss", "tp-magnitude-local", "tp-taylor-local")
+PER_CLASS = 500
+CALIBRATION = 400
+IMAGES = 20_000
+EPOCHS = 2
+BATCH = 128
+LEARNING_RATE = 0.02
+ROUNDS = 3
+BY = ("data", "model", "budget", "method")
+SIZES = ("macs", "params", "removed", "masked", "bytes", "latency_ms", "latency_1_ms", "speedup")
+BEFORE = ("accuracy_before", "lost_before", "worst_before")
+AFTER = ("accuracy", "worst_class", "original", "original_worst")
+AHEAD = {"ahead_before": "accuracy_before", "ahead": "accuracy", "worst_ahead": "worst_class"}
+TABLES = {
+    "before any gradient step": ("macs", *BEFORE, "ahead_before"),
+    "after fine-tuning": ("macs", *AFTER, "ahead", "worst_ahead"),
+    "size": SIZES,
+}
+PROTOCOL = {
+    "budget": "share of the multiply-adds; torch-pruning's ratio is bisected to come closest, above or below",
+    "nss": "merged into the kept neurons and refitted; nss-cut: the same neurons kept, the rest only cut",
+    "peers": f"torch-pruning's defaults in one step, at most {CAP:.0%} of a layer, the head stays",
+    "seen": f"profile and Taylor gradients: first {PER_CLASS} training images of each category",
+    "statistics": f"BatchNorm taken again on the first {CALIBRATION} training images of each category (nss-cut, peers)",
+    "fine-tune": f"the first {IMAGES} training images, {EPOCHS} epochs (--quick: 1) of batches of {BATCH}, "
+    f"SGD with Nesterov 0.9, weight decay 5e-4, one-cycle to {LEARNING_RATE}: the same for every method",
+    "judged on": "the whole test split, once before the first gradient step and once after the last",
+    "ahead": "mean of nss less that of the best peer in that very column",
+    "size": "macs, params: share left; removed: share of the weights gone; masked: share of the weights left but zero; "
+    "bytes: the weight file",
+    "latency": f"median milliseconds, all models in turn, {ROUNDS} rounds of 10 calls; latency_ms: batch of 64",
+    "seconds": "from the profile (nss) or the gradients (Taylor) to the model, before fine-tuning",
+}
+
+
+def run(settings: Settings) -> Report:
+    """Measure every combination; finished ones are taken from the cache."""
+    report = Report(settings, {**PROTOCOL, "threads": torch.get_num_threads()})
+    for name in settings.data:
+        for factory in settings.models:
+            for seed in settings.seeds:
+                report.rows += _one(_Subject(name, factory, seed), settings)
+    report.summary = _against_the_best(report.rows)
+    for title, columns in TABLES.items():
+        show(f"restructuring against torch-pruning: {title}", report.summary, [*BY, *columns])
+    return report
+
+
+def _against_the_best(rows: Sequence[Row]) -> list[Row]:
+    """Means over seeds; ours with how far they are ahead of whichever peer is best in that column."""
+    summary = mean_and_spread(rows, BY, [*SIZES, *BEFORE, *AFTER, "seconds"])
+    for row in summary:
+        peers = [
+            each for each in summary if each["method"] in PEERS and all(each[name] == row[name] for name in BY[:-1])
+        ]
+        if row["method"] not in PEERS:
+            row |= {name: row[value] - max(peer[value] for peer in peers) for name, value in AHEAD.items()}
+    return summary
+
+
+@dataclass
+class _Subject:
+    """One base model and what its restructurings share, made when it is first asked for."""
+
+    name: str
+    factory: str
+    seed: int
+
+    @cached_property
+    def data(self) -> Dataset:
+        return dataset(self.name)
+
+    @cached_property
+    def model(self) -> Classifier:
+        return base_model(self.data, self.name, self.factory, self.seed)
+
+    @cached_property
+    def train(self) -> tuple[Tensor, Tensor]:
+        return training_images(self.data)
+
+    @cached_property
+    def calibration(self) -> Tensor:
+        return first_of_each(*self.train, CALIBRATION)[0]
+
+    @cached_property
+    def original(self) -> Evaluation:
+        return evaluate(self.model, self.data.split("test"))
+
+    @cached_property
+    def profiled(self) -> Profile:
+        return profile(self.model, self.data.split("train"), ("taylor",), samples_per_class=PER_CLASS)
+
+    @cached_property
+    def slices(self) -> SemanticSlices:
+        return semantic_slices(critical_neurons(self.profiled, "taylor", "cumulative", 0.95), self.profiled)
+
+    @cached_property
+    def gradients(self) -> dict[str, Tensor]:
+        return taylor_gradients(self.model, *first_of_each(*self.train, PER_CLASS))
+
+    @cached_property
+    def restructured(self) -> dict[float, Restructured]:
+        return {}
+
+    def prepare(self, method: str) -> None:
+        """Make what `make` needs and what is not counted in its seconds."""
+        _ = self.slices if method in OURS else self.gradients if "taylor" in method else None
+
+    def make(self, method: str, budget: float) -> Classifier:
+        """Return a smaller model on which no gradient step was taken."""
+        if method in PEERS:
+            gradients = self.gradients if "taylor" in method else {}
+            return prune(self.model, method, budget, gradients, self.calibration)
+        if budget not in self.restructured:
+            found = restructure(self.model, self.slices, self.data, self.profiled, macs=budget, seed=self.seed)
+            self.restructured[budget] = found
+        if method == "nss":
+            return copy.deepcopy(self.restructured[budget].model)
+        smaller = remove(self.model, self.restructured[budget].plan.neurons())
+        retake_statistics(smaller, self.calibration)
+        assert isinstance(smaller, Classifier)
+        return smaller
+
+    def fine_tune(self, smaller: Classifier, epochs: int) -> None:
+        """Train as every method does."""
+        images, labels = (each[:IMAGES] for each in self.train)
+        steps = epochs * max(1, len(images) // BATCH)
+        fine_tune(smaller, (images, labels), steps, self.seed, learning_rate=LEARNING_RATE, batch_size=BATCH)
+
+
+def _one(subject: _Subject, settings: Settings) -> list[Row]:
+    identity = {"data": subject.name, "model": subject.factory, "seed": subject.seed}
+    epochs = 1 if settings.quick else EPOCHS
+    rows: list[Row] = []
+    for budget in BUDGETS[:2] if settings.quick else BUDGETS:
+        for method in QUICK if settings.quick else (*OURS, *PEERS):
+            key = {
+                **identity,
+                "weights": model_digest(subject.model),
+                "per_class": PER_CLASS,
+                "calibration": CALIBRATION,
+                "fine_tune": [IMAGES, epochs, BATCH, LEARNING_RATE],
+                "method": method,
+                "budget": budget,
+            }
+            folder = CACHE / "restructured" / digest(key)
+
+            def measure(method: str = method, budget: float = budget, folder: Path = folder) -> list[Row]:
+                judged = _judge(subject, method, budget, epochs, folder)
+                return [{**identity, "method": method, "budget": budget, **judged}]
+
+            rows += resumed("restructure", key, measure)
+    return _timed(subject, identity, rows)
+
+
+def _judge(subject: _Subject, method: str, budget: float, epochs: int, folder: Path) -> Row:
+    subject.prepare(method)
+    start = time.perf_counter()
+    smaller = subject.make(method, budget)
+    seconds = time.perf_counter() - start
+    test = subject.data.split("test")
+    before = evaluate(smaller, test)
+    size = _size(subject.model, smaller)
+    subject.fine_tune(smaller, epochs)
+    after = evaluate(smaller, test)
+    save_model(smaller, folder)
+    return {
+        **size,
+        "bytes": (folder / "model.safetensors").stat().st_size,
+        "original": subject.original.accuracy,
+        "original_worst": subject.original.worst_accuracy,
+        "accuracy_before": before.accuracy,
+        "worst_before": before.worst_accuracy,
+        "lost_before": subject.original.accuracy - before.accuracy,
+        "accuracy": after.accuracy,
+        "worst_class": after.worst_accuracy,
+        "seconds": seconds,
+        "saved": folder.name,
+        "weights": model_digest(smaller),
+    }
+
+
+def _size(model: Classifier, smaller: Classifier) -> Row:
+    whole, left = count_parameters(model), count_parameters(smaller)
+    zeros = sum(int((weight == 0).sum()) for weight in smaller.parameters())
+    shares = {"params": left / whole, "removed": 1 - left / whole, "masked": zeros / whole}
+    return {"macs": count_macs(smaller) / count_macs(model), **shares}
+
+
+def _timed(subject: _Subject, identity: Row, rows: Sequence[Row]) -> list[Row]:
+    """Add the latencies of the saved models, measured again for other weights or another number of threads."""
+    key = {**identity, "weights": [row["weights"] for row in rows], "threads": torch.get_num_threads()}
+
+    def measure() -> list[Row]:
+        models = [subject.model, *(load_model(CACHE / "restructured" / row["saved"]) for row in rows)]
+        original, *smaller = _latencies(models)
+        return [_faster(each, original) for each in smaller]
+
+    return [{**row, **times} for row, times in zip(rows, resumed("restructure-latency", key, measure), strict=True)]
+
+
+def _latencies(models: Sequence[Classifier]) -> list[dict[int, float]]:
+    """Medians over rounds in which the models take turns: what else the machine does falls on all of them."""
+    rounds = [[measure_latency(model, (1, 64), repeats=10).median_ms for model in models] for _ in range(ROUNDS)]
+    return [
+        {size: statistics.median(each[index][size] for each in rounds) for size in (1, 64)}
+        for index in range(len(models))
+    ]
+
+
+def _faster(smaller: dict[int, float], original: dict[int, float]) -> dict[str, Any]:
+    return {
+        "latency_ms": smaller[64],
+        "latency_1_ms": smaller[1],
+        "original_latency_ms": original[64],
+        "original_latency_1_ms": original[1],
+        "speedup": original[64] / smaller[64],
+    }
+
+
+def draw(report: Report, path: Path) -> None:
+    """Accuracy over the share of multiply-adds, before fine-tuning above, after it below; a column for each model."""
+    points = mean_and_spread(
+        report.rows, ["data", "model", "method", "budget"], ["macs", "accuracy_before", "accuracy", "original"]
+    )
+    panels = sorted({(row["data"], row["model"]) for row in points})
+    figure = Figure(figsize=(4.5 * len(panels), 6.4), layout="constrained")
+    grid = figure.subplots(2, len(panels), squeeze=False, sharex=True)
+    for column, (data, model) in enumerate(panels):
+        of_panel = [row for row in points if (row["data"], row["model"]) == (data, model)]
+        for axes, value in zip(grid[:, column], ("accuracy_before", "accuracy"), strict=True):
+            axes.axhline(of_panel[0]["original"], color="grey", linestyle=":", label="original")
+            for method in sorted({row["method"] for row in of_panel}):
+                curve = sorted((row["macs"], row[value]) for row in of_panel if row["method"] == method)
+                style = {"linestyle": "-" if method in OURS else "--", "marker": "."}
+                axes.plot([macs for macs, _ in curve], [accuracy for _, accuracy in curve], label=method, **style)
+        grid[0, column].set(title=f"{model.partition(':')[2]}, {data}")
+        grid[1, column].set(xlabel="share of the multiply-adds")
+    grid[0, 0].set(ylabel="accuracy, no gradient step")
+    grid[1, 0].set(ylabel="accuracy after fine-tuning")
+    grid[0, 0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,56 @@
+"""Carrying a plan out: merge, cut, and refit to the original, without a gradient step (method.md 5)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
+
+from torch import Tensor
+
+from nss.data import Data
+from nss.merge import Reading, fold, readings
+from nss.model import Classifier, evaluating, model_digest
+from nss.plan import RestructurePlan
+from nss.profile import Profile
+from nss.refit import refit
+from nss.remove import remove
+from nss.sites import Sites, find_sites
+from nss.steps import first_of_each, training_images
+from nss.units import find_units
+
+
+def apply_plan(
+    model: Classifier, plan: RestructurePlan, data: Data, profiled: Profile, *, seed: int = 0, images: int = 4000
+) -> Classifier:
+    """Return the smaller model that `plan` says: merged, cut, and refitted to the original's outputs.
+
+    data: what to refit on, `images` of it, as many of each category; no gradient step is taken. Ready to train on,
+    with a fresh optimizer. Raises RestructureError for a plan of another model, and layers or neurons that do not
+    exist.
+
+    >>> smaller = nss.apply_plan(model, plan, data, profile)
+    """
+    sites = find_sites(model.network, model.spec.input_shape)
+    plan.check(model, sites)
+    units = find_units(sites)
+    stay = units.channels(units.kept(plan.neurons(), sites))  # what cannot leave stays as it is
+    read = list(readings(model.network, sites, profiled))
+    smaller = merged(model, sites, read, stay)
+    sample, labels = training_images(data)
+    sample, _ = first_of_each(sample, labels, max(1, images // len(model.spec.classes)))
+    left = {producer.name: stay[producer.out_ids] for producer in sites.anatomy.producers}
+    with evaluating(model), evaluating(smaller):
+        refit(model, smaller, left, sample, seed=seed)
+    return smaller
+
+
+def merged(model: Classifier, sites: Sites, read: Sequence[Reading], stay: Tensor) -> Classifier:
+    """Return a smaller copy of `model` with what leaves folded into what stays. stay: bool [channels]."""
+    folded = copy.deepcopy(model)
+    for reading in read:
+        fold(folded.network, reading, stay)
+    smaller = cast(Classifier, remove(folded, {site.name: stay[site.ids] for site in sites}))
+    smaller.spec = replace(smaller.spec, parent=model_digest(model))
+    return smaller

@@ -1,0 +1,63 @@
+"""Fine-tuning within a budget of steps, with or without the original as a teacher (method.md 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from nss.data import Data
+from nss.errors import ModelError
+from nss.model import device_of, evaluating
+from nss.steps import sgd, step, training_images
+
+
+def fine_tune(
+    model: nn.Module,
+    data: Data,
+    steps: int,
+    seed: int,
+    *,
+    learning_rate: float = 0.02,
+    batch_size: int = 128,
+    weight_decay: float = 5e-4,
+    teacher: nn.Module | None = None,
+) -> None:
+    """Train `model` in place for so many steps by SGD with Nesterov momentum 0.9 under a one-cycle schedule.
+
+    data: of a Dataset the train split is used, of anything else everything. teacher: a model whose probabilities are
+    half of what is learned from (distillation, Hinton et al. 2015); default none. Ends in evaluation mode. The same
+    model, data, seed and machine give the same weights.
+    Raises ModelError when there are no images, settings are out of range, or the loss is not finite any more.
+
+    >>> nss.fine_tune(smaller, nss.load_data("data"), steps=300, seed=0, teacher=model)
+    """
+    if batch_size < 1:
+        raise ModelError(f"batch_size {batch_size}", allowed="from 1")
+    images, labels = training_images(data)
+    optimizer, schedule = sgd(model.parameters(), steps, learning_rate, weight_decay)
+    device = device_of(model)
+    model.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # dropout
+        for rows in batches(len(images), steps, batch_size, torch.Generator().manual_seed(seed)):
+            batch, target = images[rows].to(device), labels[rows].to(device)
+            step(model, batch, target, optimizer, schedule, None if teacher is None else _answers(teacher, batch))
+    model.eval()
+
+
+def batches(count: int, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield `steps` batches of indices below `count`: one new order after the other, rests of orders left out."""
+    size = min(batch_size, count)
+    done = 0
+    while done < steps:
+        for rows in torch.randperm(count, generator=generator)[: count // size * size].split(size)[: steps - done]:
+            yield rows
+            done += 1
+
+
+def _answers(teacher: nn.Module, images: Tensor) -> Tensor:
+    with evaluating(teacher), torch.no_grad():
+        logits: Tensor = teacher(images.to(device_of(teacher)))
+    return logits.to(images.device)

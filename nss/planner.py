@@ -1,0 +1,147 @@
+"""Planning a restructuring: which neurons stay for a budget, and why (method.md 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nss.allocate import Path, find_path
+from nss.cost import cost_model
+from nss.data import Data
+from nss.errors import RestructureError
+from nss.merge import order_units, readings
+from nss.model import Classifier, model_digest
+from nss.plan import LayerPlan, RestructurePlan
+from nss.profile import Profile
+from nss.remove import remove
+from nss.sensitivity import measure_errors
+from nss.sites import Sites, find_sites
+from nss.slice import SemanticSlices
+from nss.steps import first_of_each, training_images
+from nss.units import Units, find_units
+
+PROBED = 50
+"""training images of each category that sensitivities are measured on"""
+
+
+class Planner:
+    """Everything a plan needs to know about a model, measured once; `plan` then answers for any budget.
+
+    model: made by `build_model`. slices: whose categories must not be sacrificed. data: the train split of a Dataset,
+    or all of anything else. cap: the largest share of a layer's neurons that may leave.
+    Raises RestructureError for a cap out of range, or slices or a profile of another model.
+
+    >>> planner = Planner(model, slices, data, profile)
+    >>> planner.plan(macs=0.5).macs_share
+    0.4996
+    """
+
+    def __init__(
+        self, model: Classifier, slices: SemanticSlices, data: Data, profiled: Profile, *, cap: float = 0.9
+    ) -> None:
+        _check(model, slices, profiled, cap)
+        self.model, self.slices, self.cap = model, slices, cap
+        self.sites = find_sites(model.network, model.spec.input_shape)
+        self.units = find_units(self.sites)
+        self.cost = cost_model(model, self.sites)
+        self.read = list(readings(model.network, self.sites, profiled))
+        scores = _unit_scores(profiled, self.sites, self.units)
+        self.orders = [
+            order_units(each.units, self.units.of, self.read, scores[each.units]) for each in self.units.groups
+        ]
+        images, labels = first_of_each(*training_images(data), PROBED)
+        parts = [torch.isin(labels, torch.tensor(each.indices)) for each in slices]
+        self.errors = measure_errors(model, self.sites, self.units, self.orders, self.read, images, parts)
+        self._paths: dict[str, Path] = {}
+
+    @property
+    def least(self) -> float:
+        """The smallest share of the multiply-adds that the cap allows."""
+        sizes = self.path("macs").sizes
+        return sizes[-1] / sizes[0]
+
+    def shape_of(self, plan: RestructurePlan) -> nn.Module:
+        """Return a network of the size that `plan` leaves; its answers mean nothing."""
+        return remove(self.model, plan.neurons())
+
+    def path(self, what: str) -> Path:
+        """Return the way from the whole network to the smallest, by "macs" or by "params"."""
+        if what not in self._paths:
+            size = self.cost.macs if what == "macs" else self.cost.parameters
+            self._paths[what] = find_path(self.units, self.orders, self.errors, size, self.cap)
+        return self._paths[what]
+
+    def plan(self, *, macs: float | None = None, params: float | None = None) -> RestructurePlan:
+        """Return the plan for a share of the multiply-adds or of the weights: at most that, and as near as units allow.
+
+        Raises RestructureError for a share that cannot be reached, and says which can.
+        """
+        what, share = ("macs", macs) if macs is not None else ("params", params)
+        if share is None or not 0 < share <= 1:
+            raise RestructureError(f"the budget is {share}", where=what, allowed="a share above 0, at most 1")
+        path = self.path(what)
+        if path.sizes[-1] > share * path.sizes[0]:
+            raise RestructureError(
+                f"{what}={share} cannot be reached",
+                where=f"at most {self.cap:.0%} of a layer may leave",
+                allowed=f"{path.sizes[-1] / path.sizes[0]:.4f} to 1",
+                fix="ask for more, or raise cap",
+            )
+        return self._plan(path.within(share * path.sizes[0]), {what: share})
+
+    def _plan(self, counts: Sequence[int], budget: dict[str, float]) -> RestructurePlan:
+        kept = self.path("macs").kept(counts)
+        stay = self.units.channels(kept)
+        whole = torch.ones_like(stay)
+        layers = {}
+        for place, group in enumerate(self.units.groups):
+            for name in group.sites:
+                layers[name] = self._layer(name, stay, place, counts[place])
+        macs, parameters = self.cost.macs(stay), self.cost.parameters(stay)
+        return RestructurePlan(
+            model=model_digest(self.model),
+            budget=budget,
+            layers={site.name: layers[site.name] for site in self.sites},
+            macs=macs,
+            parameters=parameters,
+            macs_share=macs / self.cost.macs(whole),
+            parameters_share=parameters / self.cost.parameters(whole),
+        )
+
+    def _layer(self, name: str, stay: Tensor, group: int, count: int) -> LayerPlan:
+        site = next(each for each in self.sites if each.name == name)
+        chosen = stay[site.ids]
+        critical = torch.stack([each.neurons[name] for each in self.slices]).any(0)
+        return LayerPlan(
+            total=len(site),
+            kept=tuple(chosen.nonzero()[:, 0].tolist()),
+            missing=float(self.orders[group].missing[count]),
+            error=float(self.errors[group][count]),
+            critical=float(chosen[critical].double().mean()),
+        )
+
+
+def _check(model: nn.Module, slices: SemanticSlices, profiled: Profile, cap: float) -> None:
+    if not isinstance(model, Classifier):
+        raise RestructureError(
+            f"{type(model).__name__} does not say what it takes and answers", fix="make it with nss.build_model"
+        )
+    if not 0 < cap < 1:
+        raise RestructureError(f"cap is {cap}", where="cap", allowed="above 0, below 1")
+    if profiled.model != model_digest(model):
+        raise RestructureError("the profile is of another model", fix="profile this one")
+    if not profiled.grams:
+        raise RestructureError("the profile has no Gram matrices", fix="profile with gram=True")
+    if slices.classes != model.spec.classes:
+        raise RestructureError("the slices are of other classes", fix="slice this model")
+
+
+def _unit_scores(profiled: Profile, sites: Sites, units: Units) -> Tensor:
+    """How much each unit contributes to the category that needs it most; decides where nothing reads a layer."""
+    scores = torch.zeros(len(units.removable), dtype=torch.float64)
+    for site in sites:
+        needed = profiled.scores(profiled.metrics[0])[site.name].max(0).values
+        scores.scatter_reduce_(0, units.of[site.ids], needed, "amax")
+    return scores

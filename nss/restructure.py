@@ -1,0 +1,218 @@
+"""Restructuring: a smaller model that keeps its classes (method.md 5).
+
+Plan, then apply. The plan chooses, from the profile and the slices, which neurons stay for a budget; applying it folds
+what leaves into what stays, removes it physically, and refits the rest to the original's outputs, without a gradient
+step. Fine-tuning afterwards is optional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from nss.apply import apply_plan
+from nss.data import Data, Dataset
+from nss.errors import RestructureError
+from nss.evaluate import evaluate
+from nss.finetune import fine_tune
+from nss.latency import measure_latency
+from nss.model import Classifier
+from nss.plan import RestructurePlan
+from nss.planner import Planner
+from nss.profile import Profile, profile
+from nss.size import count_macs, count_parameters
+from nss.slice import SemanticSlices
+
+BUDGETS = ("macs", "params", "latency_ms", "max_accuracy_drop")
+TRIALS = 6
+"""halvings of the range of multiply-adds in search of a latency or an accuracy"""
+LATENCY_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model on the way from the original to the result. Accuracies are shares of 1, None without held-out images."""
+
+    name: str
+    macs: int
+    parameters: int
+    accuracy: float | None
+    per_class: dict[str, float] | None
+
+
+@dataclass(frozen=True)
+class Restructured:
+    """A smaller model, the plan that it follows, and what came of it."""
+
+    model: Classifier
+    plan: RestructurePlan
+    report: tuple[Point, ...]
+    """original, refitted (no gradient step was taken yet) and, when asked for, fine-tuned"""
+    curve: tuple[Point, ...] = ()
+    """refitted models at other sizes, as asked for by `curve`"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan and the report as plain numbers, lists and texts."""
+        rows = {"report": self.report, "curve": self.curve}
+        return {"plan": self.plan.to_dict(), **{name: [asdict(each) for each in of] for name, of in rows.items()}}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What stays the same for every candidate of one call."""
+
+    model: Classifier
+    data: Data
+    profiled: Profile
+    held_out: Data | None
+    seed: int
+    fine_tune_steps: int
+    learning_rate: float
+    distil: bool
+
+    def build(self, plan: RestructurePlan) -> Restructured:
+        """Carry a plan out and measure every step of it."""
+        smaller = apply_plan(self.model, plan, self.data, self.profiled, seed=self.seed)
+        points = [self.point("original", self.model), self.point("refitted", smaller)]
+        if self.fine_tune_steps:
+            teacher = self.model if self.distil else None
+            fine_tune(
+                smaller, self.data, self.fine_tune_steps, self.seed, learning_rate=self.learning_rate, teacher=teacher
+            )
+            points.append(self.point("fine-tuned", smaller))
+        return Restructured(smaller, plan, tuple(points))
+
+    def refitted(self, planner: Planner, share: float) -> Point:
+        """Measure what is left of the model at a share of the multiply-adds, without a gradient step."""
+        plan = planner.plan(macs=share)
+        return self.point(f"{share:g}", apply_plan(self.model, plan, self.data, self.profiled, seed=self.seed))
+
+    def point(self, name: str, model: Classifier) -> Point:
+        """Measure one model."""
+        found = evaluate(model, self.held_out) if self.held_out is not None else None
+        accuracy, per_class = (found.accuracy, found.per_class) if found else (None, None)
+        return Point(name, count_macs(model), count_parameters(model), accuracy, per_class)
+
+
+def restructure(
+    model: Classifier,
+    slices: SemanticSlices,
+    data: Data,
+    profiled: Profile | None = None,
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    latency_ms: float | None = None,
+    max_accuracy_drop: float | None = None,
+    held_out: Data | None = None,
+    cap: float = 0.9,
+    fine_tune_steps: int = 0,
+    learning_rate: float = 0.02,
+    distil: bool = False,
+    curve: Sequence[float] = (),
+    seed: int = 0,
+) -> Restructured:
+    """Make `model` smaller within one budget; the original is left as it is.
+
+    macs, params: the share of multiply-adds or weights that may be left, kept to within a unit of neurons.
+    latency_ms: median milliseconds for a batch of 64 on this machine. max_accuracy_drop: share of accuracy that may be
+    lost on the held-out images, as large as possible a saving within it.
+    slices: of this model; no slice's answers are sacrificed for the others'. data: a Dataset (fitted on its train
+    split, its val split is held out), or anything `iter_batches` takes. profiled: with Gram matrices; gathered when
+    not given. held_out: to judge on, default the val split. cap: the largest share of a layer's neurons that may go.
+    fine_tune_steps: gradient steps afterwards, of batches of 128; distil: with the original as a teacher.
+    curve: shares of the multiply-adds at which a refitted model is measured too; those below the cap are left out.
+    Source: NeuSemSlice, arXiv 2407.20281, section 4 (keep the critical neurons, remove the rest); merging, refit and
+    budgets are ours, docs/restructure.md. Raises RestructureError for none or several budgets, one that cannot be
+    reached (with what can), or slices and a profile of another model.
+
+    >>> smaller = nss.restructure(model, slices, nss.load_data("data"), macs=0.5)
+    >>> [(point.name, point.macs, point.accuracy) for point in smaller.report]
+    [('original', 11949056, 0.9407), ('refitted', 5974000, 0.9366)]
+    """
+    given = {"macs": macs, "params": params, "latency_ms": latency_ms, "max_accuracy_drop": max_accuracy_drop}
+    budget = {name: value for name, value in given.items() if value is not None}
+    if len(budget) != 1:
+        raise RestructureError(
+            f"{len(budget)} budgets are given", where=", ".join(budget), allowed=" or ".join(BUDGETS)
+        )
+    if held_out is None and isinstance(data, Dataset) and len(data.split("val")):
+        held_out = data.split("val")
+    if profiled is None:
+        profiled = profile(model, data.split("train") if isinstance(data, Dataset) else data, ("taylor",))
+    planner = Planner(model, slices, data, profiled, cap=cap)
+    job = _Job(model, data, profiled, held_out, seed, fine_tune_steps, learning_rate, distil)
+    if latency_ms is not None:
+        found = job.build(_for_latency(planner, latency_ms))
+    elif max_accuracy_drop is not None:
+        found = _for_accuracy(planner, job, max_accuracy_drop)
+    else:
+        found = job.build(planner.plan(macs=macs, params=params))
+    return replace(found, curve=tuple(job.refitted(planner, share) for share in curve if share >= planner.least))
+
+
+def _for_latency(planner: Planner, target: float) -> RestructurePlan:
+    """Return the largest plan that is fast enough; what is removed decides that, not the weights."""
+
+    def fast_enough(plan: RestructurePlan) -> bool:
+        return measured_latency(planner.shape_of(plan)) <= target
+
+    smallest = planner.plan(macs=planner.least)
+    if not fast_enough(smallest):
+        possible, now = measured_latency(planner.shape_of(smallest)), measured_latency(planner.model)
+        raise RestructureError(
+            f"{target} ms for a batch of {LATENCY_BATCH} cannot be reached",
+            where=f"at most {planner.cap:.0%} of a layer may leave",
+            allowed=f"from about {possible:.2f} ms; now {now:.2f} ms",
+            fix="ask for more, or raise cap",
+        )
+    plan = _nearest(planner, fast_enough, sure=planner.least, unsure=1.0) or smallest
+    return replace(plan, budget={"latency_ms": target})
+
+
+def measured_latency(model: nn.Module) -> float:
+    """Return the median milliseconds for a batch of LATENCY_BATCH blank images."""
+    return measure_latency(model, batch_sizes=(LATENCY_BATCH,)).median_ms[LATENCY_BATCH]
+
+
+def _nearest(
+    planner: Planner, holds: Callable[[RestructurePlan], bool], *, sure: float, unsure: float
+) -> RestructurePlan | None:
+    """Halve the way between a share of multiply-adds that holds and one that may not; return the last plan that did."""
+    found = None
+    for _ in range(TRIALS):
+        middle = (sure + unsure) / 2
+        plan = planner.plan(macs=middle)
+        if holds(plan):
+            sure, found = middle, plan
+        else:
+            unsure = middle
+    return found
+
+
+def _for_accuracy(planner: Planner, job: _Job, drop: float) -> Restructured:
+    """Return the smallest model whose held-out accuracy stays within `drop` of the original's."""
+    if job.held_out is None:
+        raise RestructureError("there are no held-out images to measure the accuracy on", fix="pass held_out")
+    if not 0 <= drop < 1:
+        raise RestructureError(f"max_accuracy_drop is {drop}", allowed="a share of 1, from 0 to below 1")
+    floor = (job.point("original", job.model).accuracy or 0.0) - drop
+    built: dict[int, Restructured] = {}
+
+    def good_enough(plan: RestructurePlan) -> bool:
+        built[plan.macs] = job.build(plan)
+        return (built[plan.macs].report[-1].accuracy or 0.0) >= floor
+
+    found = _nearest(planner, good_enough, sure=1.0, unsure=planner.least)
+    if found is None:
+        best = max(point.accuracy or 0.0 for each in built.values() for point in each.report[1:])
+        raise RestructureError(
+            f"no smaller model stays within {drop} of the accuracy",
+            allowed=f"from {floor + drop - best:.4f} on",
+            fix="allow a larger drop, or fine-tune (fine_tune_steps)",
+        )
+    chosen = built[found.macs]
+    return replace(chosen, plan=replace(chosen.plan, budget={"max_accuracy_drop": drop}))

@@ -1,0 +1,36 @@
+"""BatchNorm statistics taken again: part of every surgery on weights, without a gradient (method.md 5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nss.model import device_of, evaluating
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def retake_statistics(model: nn.Module, images: Tensor, batch_size: int = 250) -> None:
+    """Replace the running mean and variance of every BatchNorm, in place, by those over `images`.
+
+    images: what the model takes, [n, c, h, w]. Each is the plain average over batches of equal size (the rest that
+    does not fill a batch is left out, unless it is all there is). Everything else is as in evaluation: dropout is off.
+    A model without BatchNorm is left as it is.
+
+    >>> nss.retake_statistics(model, data.split("train").images[:2000])
+    """
+    norms = [module for module in model.modules() if isinstance(module, NORMS) and module.running_mean is not None]
+    if not norms or len(images) < 2:
+        return
+    size = min(batch_size, len(images))
+    momenta = [norm.momentum for norm in norms]
+    try:
+        with evaluating(model), torch.no_grad():
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum, norm.training = None, True  # None: the average over all batches
+            for batch in images[: len(images) // size * size].split(size):
+                model(batch.to(device_of(model)))
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

@@ -1,0 +1,88 @@
+"""Gradient steps: the one way in which base training and fine-tuning move weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nss.data import Data, Dataset, iter_batches
+from nss.errors import ModelError
+
+Schedule = torch.optim.lr_scheduler.LRScheduler
+
+
+def sgd(
+    parameters: Iterable[nn.Parameter], steps: int, learning_rate: float, weight_decay: float
+) -> tuple[torch.optim.Optimizer, Schedule]:
+    """Return SGD with Nesterov momentum 0.9 and a one-cycle schedule over `steps` steps.
+
+    Raises ModelError for settings out of range.
+    """
+    if steps < 1 or not 0 < learning_rate < float("inf") or not 0 <= weight_decay < float("inf"):
+        raise ModelError(
+            f"steps {steps}, learning_rate {learning_rate}, weight_decay {weight_decay}",
+            allowed="steps from 1, learning_rate above 0, weight_decay from 0",
+        )
+    optimizer = torch.optim.SGD(parameters, learning_rate, 0.9, weight_decay=weight_decay, nesterov=True)
+    # Fewer than four steps leave one phase of the cycle without a step.
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=max(4, steps), cycle_momentum=False
+    )
+    return optimizer, schedule
+
+
+def step(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    soft: Tensor | None = None,
+) -> tuple[float, int]:
+    """Take one step on a batch. Returns the loss and the number of images answered right before the step.
+
+    soft: logits of a teacher [n, classes]: the loss is then the mean of the cross entropies with the labels and with
+    the teacher's probabilities. Raises ModelError for labels outside the logits and for a loss that is not finite.
+    """
+    logits = model(images)
+    if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
+        raise ModelError(f"labels up to {int(labels.max())}", allowed=f"0 to {logits.shape[1] - 1}: one a logit")
+    loss = F.cross_entropy(logits, labels)
+    if soft is not None:
+        loss = (loss + F.cross_entropy(logits, soft.softmax(1))) / 2
+    if not bool(torch.isfinite(loss)):
+        raise ModelError("the loss is not finite any more", where="training", fix="lower the learning rate")
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    schedule.step()
+    return float(loss.detach()), int((logits.argmax(1) == labels).sum())
+
+
+def training_images(data: Data) -> tuple[Tensor, Tensor]:
+    """Return images and labels to train on, whole: of a Dataset its train split, of anything else all there is.
+
+    Raises ModelError when there are none.
+    """
+    chosen = data.split("train") if isinstance(data, Dataset) else data
+    if isinstance(chosen, Dataset):
+        images, labels = chosen.images, chosen.labels
+    else:
+        rows = list(iter_batches(chosen, 1024))
+        images = torch.cat([batch for batch, _ in rows]) if rows else torch.zeros(0)
+        labels = torch.cat([target for _, target in rows]) if rows else torch.zeros(0)
+    if not len(images):
+        raise ModelError("there are no images to train on", fix="use data with a train split")
+    return images, labels
+
+
+def first_of_each(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the first `count` images of each category, in their order: no category outweighs another."""
+    rank = torch.zeros(len(labels), dtype=torch.int64)
+    for label in labels.unique().tolist():
+        own = (labels == label).nonzero()[:, 0]
+        rank[own] = torch.arange(len(own))
+    return images[rank < count], labels[rank < count]

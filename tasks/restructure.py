@@ -1,0 +1,77 @@
+"""Stage `restructure`: make the base model smaller within a budget, and say what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nss.data import load_data
+from nss.files import replacing, write_json
+from nss.model import load_model, model_digest, save_model
+from nss.profile import Profile
+from nss.restructure import Point, Restructured, restructure
+from nss.slice import SemanticSlices
+from tasks.params import RestructureParams
+from tasks.tables import write_csv
+from tasks.workspace import Workspace, require_same_source
+
+
+def run(params: RestructureParams, workspace: Workspace) -> None:
+    """Write artifacts/restructure: metrics.json and source.json, and unless `when` is never, what `_write` says."""
+    data = load_data(workspace.data)
+    model = load_model(workspace.out("base") / "model", workspace.packages)
+    sources = {"data": data.digest, "model": model_digest(model)}
+    require_same_source(workspace.out("slice"), **sources)
+    with replacing(workspace.out("restructure")) as part:
+        part.mkdir()
+        write_json(part / "source.json", sources)
+        if params.when == "never":
+            write_json(part / "metrics.json", {"done": 0})
+            return
+        found = restructure(
+            model,
+            SemanticSlices.load(workspace.out("slice") / "slices.json"),
+            data,
+            Profile.load(workspace.out("profile") / "profile.safetensors"),
+            **{params.budget: params.target},
+            cap=params.cap,
+            fine_tune_steps=params.fine_tune_steps,
+            learning_rate=params.learning_rate,
+            distil=params.distil,
+            curve=params.curve,
+            seed=params.seed,
+        )
+        _write(part, found)
+
+
+def _write(folder: Path, found: Restructured) -> None:
+    """Write model/, plan.json, metrics.json, curve.csv, kept.csv and change.csv; accuracies are on validation."""
+    save_model(found.model, folder / "model")
+    found.plan.save(folder / "plan.json")
+    first, last = found.report[0], found.report[-1]
+    points = sorted({point.macs: point for point in (*found.curve, *found.report)}.values(), key=lambda each: each.macs)
+    rows = [(each.name, each.macs / first.macs, each.parameters / first.parameters, each.accuracy) for each in points]
+    write_csv(folder / "curve.csv", ["model", "macs", "parameters", "accuracy"], rows)
+    layers = [(name, len(each.kept), each.total) for name, each in found.plan.layers.items()]
+    write_csv(folder / "kept.csv", ["layer", "kept", "total"], layers)
+    write_csv(folder / "change.csv", ["class", "before", "after"], _change(first, last))
+    write_json(folder / "metrics.json", _metrics(found.report))
+
+
+def _change(before: Point, after: Point) -> list[tuple[str, float, float]]:
+    return [(name, value, (after.per_class or {})[name]) for name, value in (before.per_class or {}).items()]
+
+
+def _metrics(report: Sequence[Point]) -> dict[str, float | None]:
+    """Summarise; accuracies are None when there is no validation split."""
+    first, last = report[0], report[-1]
+    return {
+        "done": 1,
+        "macs": last.macs,
+        "parameters": last.parameters,
+        "macs_kept": last.macs / first.macs,
+        "parameters_kept": last.parameters / first.parameters,
+        "original_accuracy": first.accuracy,
+        "refitted_accuracy": report[1].accuracy,
+        "accuracy": last.accuracy,
+    }
