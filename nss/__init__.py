@@ -6,9 +6,12 @@
 """
 
 from nss.apply import apply_plan
+from nss.attacks import fgsm, foolbox_attack, pgd
 from nss.base import Epoch, train
+from nss.course import ReadaptEpoch
 from nss.critical import CriticalNeurons, critical_neurons
 from nss.data import Dataset, load_data
+from nss.drift import shifted
 from nss.errors import (
     BusyError,
     DataError,
@@ -26,14 +29,17 @@ from nss.errors import (
     StageError,
 )
 from nss.evaluate import Evaluation, SlicesEvaluation, evaluate, evaluate_slices
-from nss.export import check_export, export_onnx, export_program
+from nss.export import check_export, export_onnx, export_program, load_export
 from nss.finetune import fine_tune
-from nss.latency import Latency, measure_latency
+from nss.freeze import freeze, thaw
+from nss.latency import Latency, measure_latency, time_calls
 from nss.model import Classifier, ModelSpec, build_model, load_model, model_digest, save_model
+from nss.mutants import mutate
 from nss.plan import RestructurePlan
 from nss.planner import Planner
 from nss.profile import Profile, profile
 from nss.prune_weights import prune_weights, prune_weights_iteratively
+from nss.readapt import Readapted, ReadaptReport, readapt
 from nss.remove import RemovalPlan, plan_removal, remove
 from nss.restructure import Restructured, restructure
 from nss.size import count_macs, count_parameters
@@ -63,7 +69,10 @@ __all__ = [
     "Profile",
     "ProfileError",
     "PruneError",
+    "ReadaptEpoch",
     "ReadaptError",
+    "ReadaptReport",
+    "Readapted",
     "RemovalPlan",
     "RestructureError",
     "RestructurePlan",
@@ -85,20 +94,30 @@ __all__ = [
     "evaluate_slices",
     "export_onnx",
     "export_program",
+    "fgsm",
     "fine_tune",
+    "foolbox_attack",
+    "freeze",
     "load_data",
+    "load_export",
     "load_model",
     "measure_latency",
     "model_digest",
+    "mutate",
+    "pgd",
     "plan_removal",
     "profile",
     "prune_weights",
     "prune_weights_iteratively",
+    "readapt",
     "remove",
     "restructure",
     "retake_statistics",
     "save_model",
     "semantic_slices",
+    "shifted",
     "sliced",
+    "thaw",
+    "time_calls",
     "train",
 ]

@@ -10,6 +10,7 @@ from typing import cast
 from torch import Tensor
 
 from nss.data import Data
+from nss.errors import RestructureError
 from nss.merge import Reading, fold, readings
 from nss.model import Classifier, evaluating, model_digest
 from nss.plan import RestructurePlan
@@ -19,6 +20,7 @@ from nss.remove import remove
 from nss.sites import Sites, find_sites
 from nss.steps import first_of_each, training_images
 from nss.units import find_units
+from nss.weight_masks import refuse_masks
 
 
 def apply_plan(
@@ -32,6 +34,7 @@ def apply_plan(
 
     >>> smaller = nss.apply_plan(model, plan, data, profile)
     """
+    refuse_masks(model, "restructuring", RestructureError)
     sites = find_sites(model.network, model.spec.input_shape)
     plan.check(model, sites)
     units = find_units(sites)

@@ -21,6 +21,7 @@ from nss.sites import Sites, find_sites
 from nss.slice import SemanticSlices
 from nss.steps import first_of_each, training_images
 from nss.units import Units, find_units
+from nss.weight_masks import refuse_masks
 
 PROBED = 50
 """training images of each category that sensitivities are measured on"""
@@ -41,6 +42,7 @@ class Planner:
     def __init__(
         self, model: Classifier, slices: SemanticSlices, data: Data, profiled: Profile, *, cap: float = 0.9
     ) -> None:
+        refuse_masks(model, "restructuring", RestructureError)
         _check(model, slices, profiled, cap)
         self.model, self.slices, self.cap = model, slices, cap
         self.sites = find_sites(model.network, model.spec.input_shape)

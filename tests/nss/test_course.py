@@ -41,10 +41,8 @@ def scripted(
     model = networks.zoo_model("lenet")
     frozen = freeze(model, {"conv1": torch.arange(16) < 4})
     samples = Samples(networks.pictures(8), torch.arange(8) % 4)
-    values = iter([])
-    if guards is not None:
-        per_step = [guards[0]] + [value for value in guards[1:] for _ in range(2)]
-        values = iter(per_step)
+    # Asked once for the original, then after each of the ten steps of an epoch and once at its end.
+    values = iter([] if guards is None else guards[:1] + [value for value in guards[1:] for _ in range(11)])
     guard = None if guards is None else lambda: torch.tensor(next(values))
     settings = Settings(len(new) - 1, 8, 0.01, 1.0, patience)
     course = Scripted(frozen, samples, HUNDRED, None, None, guard, settings)
@@ -62,7 +60,7 @@ def test_within_one_standard_error_of_the_best_the_least_harm_to_the_old_is_kept
     # The standard error of 0.82 on 100 samples is 0.038: epochs with 0.79 and more are equally good.
     course, stopped = scripted(networks, [0.3, 0.7, 0.79, 0.82, 0.81], [0.95, 0.9, 0.85, 0.6, 0.7])
     check_kept(course, 2)
-    assert stopped == "all epochs done"
+    assert stopped == "all epochs done, judged on held-out new samples"
     check_kept(scripted(networks, [0.3, 0.7, 0.78, 0.82, 0.81], [0.95, 0.9, 0.85, 0.6, 0.7])[0], 4)
 
 
@@ -111,23 +109,38 @@ class Counting(nn.Module):
         return x[:, 0, 0, :1] * self.scale
 
 
-def test_a_step_sees_as_many_old_samples_as_new_ones_and_an_epoch_every_new_one_once() -> None:
+NONE = Samples(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+
+
+def test_a_step_sees_as_many_old_samples_as_new_ones_and_a_pass_every_new_one_once() -> None:
     new = Samples(torch.arange(10.0).view(-1, 1, 1, 1), torch.arange(10) % 2)
     old = Samples(torch.arange(100.0, 105.0).view(-1, 1, 1, 1), torch.zeros(5, dtype=torch.int64))
     model = Counting()
-    nothing = Samples(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-    memory = Memory(old, torch.zeros(5, 2), 0.0)
-    course = Course(model, new, nothing, None, memory, None, Settings(1, 5, 0.001, 0.0, 1))
-    assert course.run(torch.Generator().manual_seed(0)).startswith("all epochs done: too few")
-    assert [len(batch) for batch in model.seen] == [10, 10]
-    assert sorted(torch.cat([batch[:5] for batch in model.seen]).tolist()) == list(range(10))
-    assert all(bool((batch[5:] >= 100).all()) for batch in model.seen)
-    assert (course.steps, course.kept) == (2, 1)
+    course = Course(model, new, NONE, None, Memory(old, torch.zeros(5, 2), 0.0), None, Settings(1, 5, 0.001, 0.0, 2))
+    course.run(torch.Generator().manual_seed(0))
+    steps = [batch for batch in model.seen if bool((batch >= 100).any())]
+    assert len(steps) == course.steps == 10
+    for first, second in zip(steps[::2], steps[1::2], strict=True):
+        assert sorted(torch.cat([first[:5], second[:5]]).tolist()) == list(range(10))
+        assert bool((torch.cat([first[5:], second[5:]]) >= 100).all())
+
+
+def test_with_none_held_out_the_smallest_loss_on_all_new_samples_is_kept() -> None:
+    """Both classes of one image pull against each other: every step away from the start is for the worse."""
+    new = Samples(torch.ones(8, 1, 1, 1), torch.arange(8) % 2)
+    course = Course(Counting(), new, NONE, None, None, None, Settings(9, 4, 0.5, 0.0, 3))
+    stopped = course.run(torch.Generator().manual_seed(0))
+    assert course.kept == 0
+    assert course.model.scale.tolist() == [1.0, 1.0]
+    assert stopped == "no progress on new samples (too few to hold any out) for 3 epochs"
+    easy = Samples(torch.ones(8, 1, 1, 1), torch.zeros(8, dtype=torch.int64))
+    course = Course(Counting(), easy, NONE, None, None, None, Settings(4, 4, 0.1, 0.0, 3))
+    assert course.run(torch.Generator().manual_seed(0)).startswith("all epochs done")
+    assert course.kept == 4
 
 
 def test_a_loss_that_is_not_finite_is_an_error() -> None:
     new = Samples(torch.full((4, 1, 1, 1), float("inf")), torch.zeros(4, dtype=torch.int64))
-    nothing = Samples(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-    course = Course(Counting(), new, nothing, None, None, None, Settings(1, 4, 0.1, 0.0, 1))
+    course = Course(Counting(), new, NONE, None, None, None, Settings(1, 4, 0.1, 0.0, 1))
     with pytest.raises(ReadaptError, match="not finite"):
         course.run(torch.Generator())

@@ -228,3 +228,11 @@ def test_what_does_not_fit_together_is_refused_by_name(
         nss.restructure(trained, replace(slices, classes=("a", "b")), digits, profiled, macs=0.5)
     with pytest.raises(RestructureError, match="Sequential does not say what it takes"):
         nss.restructure(trained.network, slices, digits, profiled, macs=0.5)
+
+
+def test_masked_weights_are_refused_before_they_would_be_lost(
+    trained: nss.Classifier, slices: nss.SemanticSlices, digits: nss.Dataset, profiled: nss.Profile
+) -> None:
+    masked = nss.prune_weights(trained, "lamp", 0.5)
+    with pytest.raises(RestructureError, match="masked"):
+        nss.restructure(masked, slices, digits, profiled, macs=0.5)

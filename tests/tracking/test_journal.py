@@ -11,7 +11,7 @@ import torch
 from nss.files import write_json
 from nss.slice import SemanticSlice, SemanticSlices
 from tasks import journal
-from tasks.params import BaseParams, EvaluateParams, Params, ProfileParams, SliceParams
+from tasks.params import BaseParams, EvaluateParams, Params, ProfileParams, RestructureParams, SliceParams
 from tasks.pipeline import StageKey
 from tasks.tables import write_csv
 from tasks.tracking import Tracker
@@ -48,15 +48,26 @@ PARAMS = Params(
         linkage="average",
         layers=None,
     ),
+    restructure=RestructureParams(
+        when="never",
+        budget="macs",
+        target=0.5,
+        cap=0.9,
+        fine_tune_steps=0,
+        learning_rate=0.1,
+        distil=False,
+        curve=[],
+        seed=0,
+    ),
     evaluate=EvaluateParams(split="test", batch_size=8),
 )
 
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
-    """Outputs of all four stages: three classes, two slices, one layer of four neurons."""
+    """Outputs of all stages, no restructuring: three classes, two slices, one layer of four neurons."""
     workspace = Workspace(tmp_path / "workspace")
-    base, profile, cut, evaluate = (workspace.out(verb) for verb in Params.model_fields)
+    base, profile, cut, restructure, evaluate = (workspace.out(verb) for verb in Params.model_fields)
     write_json(base / "metrics.json", {"loss": 0.1, "val_accuracy": 0.75})
     write_csv(
         base / "history.csv",
@@ -65,6 +76,7 @@ def workspace(tmp_path: Path) -> Workspace:
     )
     write_json(base / "model" / "model.json", {})
     write_json(profile / "metrics.json", {"neurons": 4})
+    write_json(restructure / "metrics.json", {"done": 0})
     masks = [torch.tensor([True, True, False, False]), torch.tensor([False, True, True, True])]
     parts = (
         SemanticSlice("slice-0", ("a", "c"), (0, 2), {"conv": masks[0]}),

@@ -1,0 +1,195 @@
+"""The course of a re-adaptation: epochs over new samples, what each came to, and which of them is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nss.errors import ReadaptError
+from nss.guard import Guard
+from nss.model import device_of
+from nss.predict import predict
+from nss.samples import Samples
+
+# An epoch of few samples has several passes: with fewer steps the guard cannot bring back what went too far.
+FEWEST_STEPS = 10
+
+
+@dataclass(frozen=True)
+class ReadaptEpoch:
+    """The model after one pass over the new samples; epoch 0 is the original. Accuracies are shares of 1."""
+
+    epoch: int
+    loss: float | None
+    """mean over the steps of this pass, memory and guard included"""
+    guard: float | None
+    """how much the update changes what the layers computed on old data, estimated from the profile"""
+    new_accuracy: float | None
+    """on the held-out part of the new samples"""
+    old_accuracy: float | None
+    """on the held-out part of the old data"""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Old samples that are trained on again, and how the original answered them."""
+
+    samples: Samples
+    answers: Tensor
+    """logits [n, classes]"""
+    distil: float
+    """how much of the target the original's answers are, 0 to 1"""
+
+    def loss(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """Return the mean loss of the logits of some rows."""
+        hard = F.cross_entropy(logits, self.samples.labels[rows].to(logits.device))
+        soft = F.cross_entropy(logits, self.answers[rows].to(logits.device).softmax(1))
+        return (1 - self.distil) * hard + self.distil * soft
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train: see `readapt`."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    guard: float
+    patience: int
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The free entries after an epoch, and what speaks for them."""
+
+    epoch: int
+    merit: float
+    """accuracy on held-out new samples; when none are held out, minus what is minimised, on all of them"""
+    harm: float
+    """to old knowledge: minus the held-out old accuracy, without old data the guard"""
+    entries: list[Tensor]
+
+    def beats(self, other: _Kept) -> bool:
+        """Say whether nothing speaks for the other, and it is not earlier."""
+        return self.merit >= other.merit and self.harm <= other.harm
+
+
+class Course:
+    """Trains the free entries of a frozen model in place, and ends with those of the epoch that is kept.
+
+    Of the epochs whose accuracy on held-out new samples is within one standard error of the best (Breiman et al. 1984),
+    the one that harms old knowledge least is kept. When no samples are held out, it is the one with the smallest loss
+    on all of them, guard included. The original is one of them: what ends worse than it began is not kept.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: Samples,
+        held_out: Samples,
+        old: Samples | None,
+        memory: Memory | None,
+        guard: Guard | None,
+        settings: Settings,
+    ) -> None:
+        self.model, self.samples, self.held_out, self.old = model, samples, held_out, old
+        self.memory, self.guard, self.settings = memory, guard, settings
+        self.size = min(settings.batch_size, len(samples))
+        self.curve: list[ReadaptEpoch] = []
+        self.steps = self.kept = 0
+        self._kept: list[_Kept] = []
+        batches = len(samples) // self.size
+        self._passes = math.ceil(FEWEST_STEPS / batches)
+        self._optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate)
+        self._schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self._optimizer,
+            settings.learning_rate,
+            total_steps=settings.epochs * self._passes * batches,
+            cycle_momentum=False,
+        )
+
+    def run(self, generator: torch.Generator) -> str:
+        """Train. Returns why there was no further epoch."""
+        self.model.train()
+        self._judge(0, None)
+        progress, epoch = 0, 0
+        while epoch < self.settings.epochs and epoch - progress < self.settings.patience:
+            epoch += 1
+            if self._judge(epoch, self._epoch(generator)):
+                progress = epoch
+        self._settle()
+        judged = "held-out new samples" if len(self.held_out) else "new samples (too few to hold any out)"
+        if epoch - progress == self.settings.patience:
+            return f"no progress on {judged} for {self.settings.patience} epochs"
+        return f"all epochs done, judged on {judged}"
+
+    def _settle(self) -> None:
+        best, count = max(each.merit for each in self._kept), len(self.held_out)
+        error = math.sqrt(best * (1 - best) / count) if count else 0.0
+        chosen = min((each for each in self._kept if each.merit >= best - error), key=lambda each: each.harm)
+        self.kept = chosen.epoch
+        with torch.no_grad():
+            for parameter, value in zip(self.model.parameters(), chosen.entries, strict=True):
+                parameter.copy_(value)
+
+    def _epoch(self, generator: torch.Generator) -> float:
+        """One pass in a new order; the rest that does not fill a batch is left out. Returns the mean loss."""
+        losses = [self._step(rows, again) for rows, again in self._rows(generator)]
+        return sum(losses) / len(losses)
+
+    def _rows(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield the rows of each batch, and as many of the memory."""
+        for _ in range(self._passes):
+            order = torch.randperm(len(self.samples), generator=generator)
+            for rows in order[: len(order) // self.size * self.size].split(self.size):
+                count = 0 if self.memory is None else len(self.memory.samples)
+                yield rows, torch.randint(count, (len(rows),), generator=generator) if count else None
+
+    def _step(self, rows: Tensor, again: Tensor | None) -> float:
+        device = device_of(self.model)
+        batch = self.samples.images[rows]
+        if self.memory is not None and again is not None:
+            batch = torch.cat([batch, self.memory.samples.images[again]])
+        logits = self.model(batch.to(device))
+        loss = F.cross_entropy(logits[: len(rows)], self.samples.labels[rows].to(device))
+        if self.memory is not None and again is not None:
+            loss = (loss + self.memory.loss(logits[len(rows) :], again)) / 2
+        if self.guard is not None:
+            loss = loss + self.settings.guard * self.guard()
+        if not bool(torch.isfinite(loss)):
+            raise ReadaptError("the loss is not finite any more", where="learning_rate", fix="lower it")
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        self._schedule.step()
+        self.steps += 1
+        return float(loss.detach())
+
+    def _judge(self, epoch: int, loss: float | None) -> bool:
+        """Note what an epoch came to. Returns whether it is better on new samples than all before."""
+        with torch.no_grad():
+            guard = None if self.guard is None else float(self.guard())
+        new, old = self._accuracy(self.held_out), self._accuracy(self.old)
+        self.curve.append(ReadaptEpoch(epoch, loss, guard, new, old))
+        merit = new if new is not None else -self._objective(guard or 0.0)
+        harm = (guard or 0.0) if old is None else -old
+        better = all(merit > each.merit for each in self._kept)
+        latest = _Kept(epoch, merit, harm, [parameter.detach().clone() for parameter in self.model.parameters()])
+        if not any(each.beats(latest) for each in self._kept):
+            self._kept = [each for each in self._kept if not latest.beats(each)] + [latest]
+        return better
+
+    def _objective(self, guard: float) -> float:
+        logits, labels = predict(self.model, (self.samples.images, self.samples.labels))
+        return float(F.cross_entropy(logits, labels)) + self.settings.guard * guard
+
+    def _accuracy(self, samples: Samples | None) -> float | None:
+        if samples is None or not len(samples):
+            return None
+        logits, labels = predict(self.model, (samples.images, samples.labels))
+        return float((logits.argmax(1) == labels).double().mean())

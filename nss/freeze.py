@@ -1,0 +1,171 @@
+"""Structural freezing: a copy of a model whose only parameters are the entries that may move (method.md 6).
+
+Masking gradients does not freeze: weight decay, momentum and norm statistics move what has no gradient. Here a frozen
+number is no parameter at all. Each layer keeps all its numbers as buffers and its free rows as parameters; the forward
+puts them together, and the backward computes weight gradients for the free rows alone. A BatchNorm whose statistics do
+not move is a fixed scale and shift: it is folded into the convolution before it, which saves its two passes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from nss.anatomy import Anatomy, Producer
+from nss.errors import SiteError
+from nss.model import network_of, shape_of
+from nss.operations import CHANNEL_NORMS, CONVOLUTIONS, module_of
+from nss.rows import FreeConvolution, FreeLinear, FreeNorm, FreeRows
+from nss.sites import find_sites
+from nss.weight_masks import apply_masks, release_masks
+
+
+def freeze(model: nn.Module, free: Mapping[str, Tensor], input_shape: Sequence[int] | None = None) -> nn.Module:
+    """Return a copy of `model` whose only parameters are the free neurons' incoming weights, biases and norm entries.
+
+    free: {layer: bool [neurons], True = may move}, layers as in a profile, or the class head; layers that are not named
+    are frozen. In a layer that is called several times a neuron moves if every call that is named lets it. BatchNorm
+    uses its running statistics, which stay as they are, whatever mode the model is in; masked weights stay zero. Train
+    the copy with any optimizer over its `parameters()`, then `thaw` it. input_shape: needed for models not made by
+    `build_model`.
+    Source: NeuSemSlice, arXiv 2407.20281, section 3 (critical neurons tuned, the rest frozen).
+    Raises SiteError for unknown layers and masks of a wrong length or type.
+
+    >>> frozen = freeze(model, {"conv1": torch.arange(16) < 4})
+    >>> [tuple(parameter.shape) for parameter in frozen.parameters()]
+    [(4, 1, 5, 5), (4,)]
+    """
+    twin = copy.deepcopy(model)
+    network = network_of(twin)
+    masks = release_masks(network)
+    anatomy = find_sites(network, shape_of(model, input_shape)).anatomy
+    rows = free_entries(anatomy, free)
+    for module in list(twin.modules()):
+        _hold(module)
+    wrapped = _wrapped(network, rows, _followed_by_norm(anatomy))
+    for name, mask in masks.items():
+        layer = wrapped.get(id(network.get_submodule(name)))
+        if isinstance(layer, FreeRows):
+            layer.mask(mask)
+    _replace(network, wrapped)
+    vars(network)["masks"] = masks
+    return twin
+
+
+def thaw(model: nn.Module) -> nn.Module:
+    """Return a plain model of the class and layout that was frozen, with the entries that moved in their places.
+
+    >>> nss.save_model(thaw(frozen), "folder")
+    """
+    twin = copy.deepcopy(model)
+    plain = {id(module): module.settled() for module in twin.modules() if isinstance(module, FreeRows)}
+    _replace(twin, plain)
+    for module in twin.modules():
+        _release(module)
+    apply_masks(network_of(twin), vars(network_of(twin)).pop("masks"))
+    return twin
+
+
+def free_entries(anatomy: Anatomy, free: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return which rows of which modules a choice of neurons lets move, {module: bool [rows]}, norms included.
+
+    Raises SiteError for unknown layers and masks of a wrong length or type.
+    """
+    _check(anatomy, free)
+    rows: dict[str, Tensor] = {}
+    for producer in anatomy.producers:
+        if producer.name in free:
+            mask = free[producer.name].cpu()
+            rows[producer.module] = rows[producer.module] & mask if producer.module in rows else mask
+    flags = torch.zeros(len(anatomy.classes), dtype=torch.bool)
+    for producer in anatomy.producers:
+        if producer.module in rows:
+            flags[producer.out_ids] = rows[producer.module]
+    for scaler in anatomy.scalers:
+        own = torch.where(scaler.ids >= 0, flags[scaler.ids.clamp_min(0)], False)
+        rows[scaler.module] = rows[scaler.module] & own if scaler.module in rows else own
+    return rows
+
+
+def head_of(anatomy: Anatomy) -> Producer | None:
+    """Return the layer whose outputs are the class scores; None when something else makes them."""
+    scores = next(node for node in anatomy.graph.graph.nodes if node.op == "output").all_input_nodes
+    return next((each for each in anatomy.producers if scores == [each.node]), None)
+
+
+def _check(anatomy: Anatomy, free: Mapping[str, Tensor]) -> None:
+    sizes = {each.name: len(each.out_ids) for each in anatomy.producers}
+    for name, mask in free.items():
+        if name not in sizes:
+            raise SiteError(f"there is no layer {name!r} with neurons", allowed=", ".join(sizes))
+        if mask.dtype != torch.bool or tuple(mask.shape) != (sizes[name],):
+            found = f"{str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}"
+            raise SiteError(
+                f"the neurons of {name!r} are {found}", where=name, allowed=f"bool [{sizes[name]}], True = may move"
+            )
+
+
+def _hold(module: nn.Module) -> None:
+    """Turn the parameters of a module itself into buffers, and note which they were."""
+    held = {name: each.requires_grad for name, each in module.named_parameters(recurse=False)}
+    for name in held:
+        tensor = getattr(module, name).detach()
+        delattr(module, name)
+        module.register_buffer(name, tensor)
+    vars(module)["held"] = held
+
+
+def _release(module: nn.Module) -> None:
+    for name, requires_grad in vars(module).pop("held", {}).items():
+        tensor = getattr(module, name)
+        delattr(module, name)
+        module.register_parameter(name, nn.Parameter(tensor, requires_grad))
+
+
+def _replace(root: nn.Module, by: Mapping[int, nn.Module]) -> None:
+    """Put `by[id(module)]` wherever that module is registered."""
+    for parent in list(root.modules()):
+        if id(parent) in by:
+            continue
+        for name, child in parent._modules.items():
+            if id(child) in by:
+                parent._modules[name] = by[id(child)]
+
+
+def _followed_by_norm(anatomy: Anatomy) -> dict[str, str]:
+    """Return {convolution: BatchNorm} of those pairs whose only business is with each other."""
+    calls = Counter(str(node.target) for node in anatomy.graph.graph.nodes if node.op == "call_module")
+    pairs = {}
+    for producer in anatomy.producers:
+        layer, users = anatomy.graph.get_submodule(producer.module), list(producer.node.users)
+        if len(users) != 1 or not isinstance(layer, CONVOLUTIONS):
+            continue
+        norm, name = module_of(users[0], anatomy.graph), str(users[0].target)
+        fixed = isinstance(norm, CHANNEL_NORMS) and norm.running_mean is not None
+        if fixed and calls[producer.module] == calls[name] == 1:
+            pairs[producer.module] = name
+    return pairs
+
+
+def _wrapped(network: nn.Module, rows: Mapping[str, Tensor], pairs: Mapping[str, str]) -> dict[int, nn.Module]:
+    """Return what takes the place of each layer that has free rows or moves in training, by id."""
+    wrapped: dict[int, nn.Module] = {}
+    modules = dict(network.named_modules())
+    chosen = {name: flags.nonzero()[:, 0] for name, flags in rows.items()}
+    for name, module in modules.items():
+        own = chosen.get(name, torch.zeros(0, dtype=torch.int64))
+        if isinstance(module, nn.Linear) and len(own):
+            wrapped[id(module)] = FreeLinear(module, own)
+        elif isinstance(module, CHANNEL_NORMS) or (isinstance(module, nn.GroupNorm) and len(own)):
+            wrapped[id(module)] = FreeNorm(module, own)
+    for name, module in modules.items():
+        own = chosen.get(name, torch.zeros(0, dtype=torch.int64))
+        if isinstance(module, CONVOLUTIONS) and (len(own) or name in pairs):
+            norm = wrapped[id(modules[pairs[name]])] if name in pairs else None
+            wrapped[id(module)] = FreeConvolution(module, own, cast("FreeNorm | None", norm))
+    return wrapped

@@ -1,0 +1,236 @@
+"""Re-adaptation: follow new samples by tuning critical neurons only, without losing what worked (method.md 6)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from nss.course import Course, Memory, ReadaptEpoch, Settings
+from nss.data import Data, Dataset
+from nss.errors import ReadaptError
+from nss.freeze import freeze, thaw
+from nss.guard import Guard
+from nss.model import Classifier, model_digest, network_of, with_network
+from nss.predict import predict
+from nss.profile import Profile
+from nss.profile import profile as gather_profile
+from nss.samples import Samples, drawn, parts
+from nss.sites import find_sites
+from nss.size import count_parameters
+from nss.slice import SemanticSlices
+from nss.tunable import tunable_neurons
+
+# Images of the old data on which the learning curve is drawn.
+JUDGED = 1000
+
+
+@dataclass(frozen=True)
+class ReadaptReport:
+    """What was tuned and what it came to."""
+
+    curve: tuple[ReadaptEpoch, ...]
+    kept_epoch: int
+    """the epoch whose weights the model has; 0: nothing was better than the original"""
+    stopped: str
+    """why there was no further epoch"""
+    categories: tuple[str, ...]
+    """the affected ones: of the new samples, or those that were named"""
+    neurons: dict[str, tuple[int, int]]
+    """{layer: (neurons tuned, neurons)}"""
+    trained_share: float
+    """of all weights of the model"""
+    moved_share: float
+    """of all weights of the model, those that are not what they were"""
+    steps: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain numbers, texts and lists."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Readapted:
+    """A model that follows the new samples, and how it came about."""
+
+    model: nn.Module
+    report: ReadaptReport
+
+
+def readapt(
+    model: nn.Module,
+    slices: SemanticSlices,
+    new_data: Data,
+    old_data: Data | None = None,
+    *,
+    profile: Profile | None = None,
+    share: float = 0.2,
+    guard: float = 3.0,
+    learning_rate: float = 0.005,
+    epochs: int = 10,
+    batch_size: int = 64,
+    seed: int = 0,
+    replay: float = 0.0,
+    distil: float = 0.0,
+    categories: Sequence[str] | None = None,
+    patience: int = 5,
+) -> Readapted:
+    """Tune the critical neurons that the new samples pull hardest; every other number stays bit for bit what it was.
+
+    slices: of this model; they say which neurons may be tuned (see `tunable_neurons`). new_data: a few labelled samples
+    of the classes that the model knows. old_data: what it was made for, or a part; optional, never trained on unless
+    `replay` says so, used to report old accuracy and to stop. profile: of this model on old data, with Gram matrices:
+    the guard against forgetting lives from it and needs no old image; without it, it is gathered from old_data.
+    share: of all weights, at most so many are trained. guard: weight of the guard in the loss; more keeps more of the
+    old at the cost of the new, 0 needs no profile; it counts more, by the number of known classes over that of classes
+    that the new samples show, since they say nothing about the others. learning_rate: the largest of a one-cycle
+    schedule of Adam.
+    replay: share of the old training images that are trained on too, as many a step as new ones. distil: how much of
+    their targets the original's answers are, 0 to 1. categories: the affected ones, default those of the new samples.
+    patience: epochs without a better accuracy on held-out new samples after which to stop.
+
+    A part of the new samples (a Dataset's val split, else a tenth of each class) is held out. Of the epochs, the
+    original included, whose accuracy there is within one standard error of the best, the one is kept that harms old
+    knowledge least: by accuracy on held-out old data where it is given, else by the guard. With too few samples to hold
+    any out it is the one with the smallest loss on all of them, guard included.
+    Source: NeuSemSlice, arXiv 2407.20281, section 3; the choice of neurons and the guard are method.md 6's.
+    Raises ReadaptError when there are no new samples, a label is not known to the model, the profile or the slices are
+    of another model, settings are out of range, or the loss is not finite any more.
+
+    >>> result = nss.readapt(model, slices, drifted, profile=profile)
+    >>> result.report.curve[-1].new_accuracy, result.report.trained_share
+    (0.81, 0.2)
+    """
+    started = time.perf_counter()
+    settings = Settings(epochs, batch_size, learning_rate, guard, patience)
+    _check(settings, share, replay, distil)
+    new, held_out = _new_samples(new_data, slices, seed)
+    settings = replace(settings, guard=guard * len(slices.classes) / len(new.labels.unique()))
+    affected = _affected(new, slices, categories)
+    judged, memory = _old_samples(model, old_data, replay, distil, seed)
+    shape = tuple(new.images.shape[1:])
+    neurons = tunable_neurons(model, slices, new.images, new.labels, share, affected)
+    frozen = freeze(model, neurons, shape)
+    keeper = _guard(model, frozen, shape, profile, old_data) if guard else None
+    course = Course(frozen, new, held_out, judged, memory, keeper, settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # dropout
+        stopped = course.run(torch.Generator().manual_seed(seed))
+    result, total = _dressed(model, thaw(frozen)), count_parameters(model)
+    report = ReadaptReport(
+        curve=tuple(course.curve),
+        kept_epoch=course.kept,
+        stopped=stopped,
+        categories=affected,
+        neurons={name: (int(mask.sum()), len(mask)) for name, mask in neurons.items()},
+        trained_share=count_parameters(frozen) / total,
+        moved_share=_moved(model, result) / total,
+        steps=course.steps,
+        seconds=time.perf_counter() - started,
+    )
+    return Readapted(result, report)
+
+
+def _check(settings: Settings, share: float, replay: float, distil: float) -> None:
+    ranges = {
+        "share": (share, 0 < share <= 1, "above 0, at most 1"),
+        "guard": (settings.guard, 0 <= settings.guard < float("inf"), "0 or above"),
+        "learning_rate": (settings.learning_rate, 0 < settings.learning_rate < float("inf"), "above 0"),
+        "epochs": (settings.epochs, settings.epochs >= 1, "from 1"),
+        "batch_size": (settings.batch_size, settings.batch_size >= 1, "from 1"),
+        "patience": (settings.patience, settings.patience >= 1, "from 1"),
+        "replay": (replay, 0 <= replay <= 1, "0 to 1"),
+        "distil": (distil, 0 <= distil <= 1 and (replay > 0 or distil == 0), "0 to 1, above 0 with replay only"),
+    }
+    for name, (value, fits, allowed) in ranges.items():
+        if not fits:
+            raise ReadaptError(f"{name} is {value}", where=name, allowed=allowed)
+
+
+def _new_samples(data: Data, slices: SemanticSlices, seed: int) -> tuple[Samples, Samples]:
+    """Return the new samples to train on and those to hold out."""
+    new, held_out = parts(data, seed)
+    if not len(new):
+        raise ReadaptError("there are no new samples", where="new_data", fix="give a few labelled images")
+    known = slices.classes
+    names = data.classes if isinstance(data, Dataset) else known
+    if names[: len(known)] != known[: len(names)]:
+        raise ReadaptError(f"the classes of the new samples are {list(names)}", allowed=f"in order: {list(known)}")
+    labels = torch.cat([new.labels, held_out.labels])
+    unknown = sorted(set(labels[(labels < 0) | (labels >= len(known))].tolist()))
+    if unknown:
+        called = [names[label] if 0 <= label < len(names) else str(label) for label in unknown]
+        raise ReadaptError(
+            f"the model does not know the class {', '.join(called)}",
+            where="new_data",
+            allowed=f"0 to {len(known) - 1}: {', '.join(known)}",
+            fix="teach it new classes with nss.extend",
+        )
+    return new, held_out
+
+
+def _affected(new: Samples, slices: SemanticSlices, categories: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the affected categories in the order of the classes."""
+    present = {slices.classes[label] for label in new.labels.unique().tolist()}
+    wanted = present if categories is None else set(categories)
+    if not wanted <= set(slices.classes) or not wanted & present:
+        raise ReadaptError(
+            f"the affected categories are {sorted(wanted)}",
+            where="categories",
+            allowed=f"some of {', '.join(slices.classes)}, of which there are new samples",
+        )
+    return tuple(name for name in slices.classes if name in wanted)
+
+
+def _old_samples(
+    model: nn.Module, data: Data | None, replay: float, distil: float, seed: int
+) -> tuple[Samples | None, Memory | None]:
+    """Return old samples to judge on, and those to train on again with the original's answers."""
+    if data is None:
+        if replay:
+            raise ReadaptError(f"replay is {replay} without old data", where="old_data", fix="give old data")
+        return None, None
+    old, judged = parts(data, seed)
+    order = torch.randperm(len(judged), generator=torch.Generator().manual_seed(seed))
+    judged = judged.pick(order[:JUDGED])
+    again = old.pick(drawn(old.labels, replay, seed))
+    if not len(again):
+        return judged, None
+    answers, _ = predict(model, (again.images, again.labels))
+    return judged, Memory(again, answers, distil)
+
+
+def _guard(
+    model: nn.Module, frozen: nn.Module, shape: tuple[int, ...], profile: Profile | None, old_data: Data | None
+) -> Guard:
+    if profile is None and old_data is None:
+        raise ReadaptError(
+            "there is nothing to guard old behaviour by", where="profile", fix="give a profile or old data, or guard=0"
+        )
+    if profile is None and old_data is not None:
+        old = old_data.split("train") if isinstance(old_data, Dataset) and not old_data.part else old_data
+        profile = gather_profile(model, old, ("avg",), classes=None, input_shape=shape)
+    if profile is None or profile.model != model_digest(model) or not profile.grams:
+        raise ReadaptError(
+            "the profile is of another model, or without Gram matrices",
+            where="profile",
+            fix="profile this model with gram=True",
+        )
+    return Guard(frozen, find_sites(network_of(model), shape).anatomy, profile)
+
+
+def _dressed(model: nn.Module, result: nn.Module) -> nn.Module:
+    """Return the result in evaluation mode; a Classifier names the model that it was made from."""
+    if isinstance(model, Classifier):
+        result = with_network(result, network_of(result), parent=model_digest(model))
+    return result.eval()
+
+
+def _moved(model: nn.Module, result: nn.Module) -> int:
+    pairs = zip(model.parameters(), result.parameters(), strict=True)
+    return sum(int((before != after).sum()) for before, after in pairs)

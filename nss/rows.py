@@ -1,0 +1,254 @@
+"""Layers of which only some rows are parameters: forward over all rows, weight gradients for the free ones alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# Convolution kernels work on blocks of channels: the weight gradient of 51 rows takes longer than that of 64.
+BLOCK = 16
+# With more rows than this share, one kernel for all of them is faster than picking some out.
+MOST = 0.75
+
+
+class FreeRows(nn.Module):
+    """A layer that holds all its numbers as buffers, and those rows that may move as parameters `weight` and `bias`."""
+
+    rows: Tensor
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    unmasked: Tensor | None
+    """bool of the shape of `weight`: the others are zero and stay so"""
+
+    def __init__(self, layer: nn.Module, rows: Tensor) -> None:
+        super().__init__()
+        self.layer = layer
+        self.training = layer.training
+        for name in ("weight", "bias"):
+            held = getattr(layer, name)
+            rows = rows if held is None else rows.to(held.device)
+            free = nn.Parameter(held[rows].clone()) if held is not None and len(rows) else None
+            self.register_parameter(name, free)
+        self.register_buffer("rows", rows)
+        self.register_buffer("unmasked", None)
+
+    def mask(self, unmasked: Tensor) -> None:
+        """Let no gradient reach weights that are masked. unmasked: bool of the shape of the layer's weight."""
+        self.unmasked = unmasked[self.rows]
+
+    def whole(self, name: str) -> Tensor | None:
+        """Return all rows of `weight` or `bias`, the free ones as they are now; gradients do not pass."""
+        held, free = getattr(self.layer, name), getattr(self, name)
+        if held is None or free is None:
+            return cast("Tensor | None", held)
+        return cast(Tensor, held.clone().index_copy_(0, self.rows, free.detach()))
+
+    def effective(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return weight and bias of the free rows as the forward uses them, with gradients."""
+        return self._masked(), self.bias
+
+    def _masked(self) -> Tensor | None:
+        if self.unmasked is None or self.weight is None:
+            return self.weight
+        return torch.where(self.unmasked, self.weight, 0)
+
+    def settled(self) -> nn.Module:
+        """Return the layer with the free rows in their places; they must not be used here afterwards."""
+        for name in ("weight", "bias"):
+            whole = self.whole(name)
+            if whole is not None:
+                getattr(self.layer, name).copy_(whole)
+        return self.layer
+
+
+class FreeNorm(FreeRows):
+    """A norm by channel: BatchNorm always with its running statistics, which never move, or GroupNorm."""
+
+    folded = False
+    """the convolution before it does its work"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [n, channels, ..]. Returns the same shape."""
+        if self.folded:
+            return x
+        weight, bias = self._spread("weight"), self._spread("bias")
+        if isinstance(self.layer, nn.GroupNorm):
+            return F.group_norm(x, self.layer.num_groups, weight, bias, self.layer.eps)
+        norm = cast(nn.BatchNorm2d, self.layer)
+        own = norm.running_mean is None
+        return F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, training=own, eps=norm.eps)
+
+    def _spread(self, name: str) -> Tensor | None:
+        held, free = getattr(self.layer, name), getattr(self, name)
+        return cast("Tensor | None", held if free is None else held.index_copy(0, self.rows, free))
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return weight and bias, of all rows, of the layer before it with this norm behind it; without gradients."""
+        norm = cast(nn.BatchNorm2d, self.layer)
+        statistics = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+        return _fold(weight, bias, *statistics, norm.eps, self.whole("weight"), self.whole("bias"))
+
+    def fold_rows(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the same of the free rows, with gradients."""
+        norm = cast(nn.BatchNorm2d, self.layer)
+        mean, var = (cast(Tensor, each)[self.rows] for each in (norm.running_mean, norm.running_var))
+        return _fold(weight, bias, mean, var, norm.eps, self.weight, self.bias)
+
+
+def _fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    gain: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    scale = (var + eps).rsqrt() if gain is None else (var + eps).rsqrt() * gain
+    moved = (-mean if bias is None else bias - mean) * scale
+    return weight * scale.view(-1, *[1] * (weight.dim() - 1)), moved if shift is None else moved + shift
+
+
+class FreeLinear(FreeRows):
+    """A linear layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [.., inputs]. Returns [.., outputs]."""
+        args = (x, *self.effective(), self.whole("weight"), self.whole("bias"), self.rows)
+        return cast(Tensor, _LinearRows.apply(*args))
+
+
+class FreeConvolution(FreeRows):
+    """A convolution over one, two or three axes, with groups; a BatchNorm right behind it is folded into it."""
+
+    def __init__(self, layer: nn.Module, rows: Tensor, norm: FreeNorm | None) -> None:
+        super().__init__(layer, rows)
+        self.norm = norm
+        if norm is not None:
+            norm.folded = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [n, inputs, ..]. Returns [n, outputs, ..]."""
+        layer = cast(nn.Conv2d, self.layer)
+        padding = list(layer.padding) if not isinstance(layer.padding, str) else [0] * len(layer.stride)
+        if layer.padding == "same" or layer.padding_mode != "zeros":
+            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+            x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode), [0] * len(padding)
+        how = _How(list(layer.stride), padding, list(layer.dilation), layer.groups)
+        weight, bias = cast(Tensor, self.whole("weight")), self.whole("bias")
+        if self.norm is not None:
+            weight, bias = self.norm.fold(weight, bias)
+        free, free_bias = self.effective()
+        if free is None:
+            return _convolve(x, weight, bias, how)
+        return cast(Tensor, _ConvolutionRows.apply(x, free, free_bias, weight, bias, self.rows, how))
+
+    def effective(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return weight and bias of the free rows with the norm folded in, with gradients."""
+        weight = self._masked()
+        if self.norm is None or weight is None:
+            return weight, self.bias
+        return self.norm.fold_rows(weight, self.bias)
+
+
+@dataclass(frozen=True)
+class _How:
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
+    none = [0] * len(how.stride)
+    return torch.convolution(x, weight, bias, how.stride, how.padding, how.dilation, False, none, how.groups)
+
+
+class _LinearRows(torch.autograd.Function):
+    """y = x W^T + b with gradients for x and for the free rows of W and b."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, free: Tensor, free_bias: Tensor | None, weight: Tensor, bias: Tensor | None, rows: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, rows)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rows = ctx.saved_tensors
+        to_input = grad @ weight if ctx.needs_input_grad[0] else None
+        chosen = grad.index_select(-1, rows).flatten(0, -2)
+        to_bias = chosen.sum(0) if ctx.needs_input_grad[2] else None
+        return to_input, chosen.T @ x.flatten(0, -2), to_bias, None, None, None
+
+
+class _ConvolutionRows(torch.autograd.Function):
+    """A convolution with gradients for its input and for the free rows of its weight and bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        free: Tensor,
+        free_bias: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor,
+        how: _How,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, rows)
+        ctx.how = how
+        return _convolve(x, weight, bias, how)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rows = ctx.saved_tensors
+        to_input = _gradients(grad, x, weight, ctx.how, 0) if ctx.needs_input_grad[0] else None
+        to_rows, to_bias = _of_rows(grad, x, weight, rows, ctx.how)
+        return to_input, to_rows, to_bias if ctx.needs_input_grad[2] else None, None, None, None, None
+
+
+def _gradients(grad: Tensor, x: Tensor, weight: Tensor, how: _How, which: int) -> Tensor:
+    """Gradient of a convolution for its input (0) or its weight (1)."""
+    none = [0] * len(how.stride)
+    wanted = [which == 0, which == 1, False]
+    found = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, how.stride, how.padding, how.dilation, False, none, how.groups, wanted
+    )
+    return cast(Tensor, found[which])
+
+
+def _of_rows(grad: Tensor, x: Tensor, weight: Tensor, rows: Tensor, how: _How) -> tuple[Tensor, Tensor]:
+    """Gradients of some rows of the weight and of the bias, [rows, inputs / groups, ..] and [rows]."""
+    count, groups = len(weight), how.groups
+    places = [0, *range(2, grad.dim())]
+    chosen = _filled(rows, count) if groups == 1 else rows
+    if groups in (1, x.shape[1]) and len(chosen) < MOST * count:
+        if groups > 1:  # depthwise: a row reads one channel
+            x, how = _channels(x, rows // (count // groups)), replace(how, groups=len(rows))
+        some = _channels(grad, chosen)
+        return _gradients(some, x, weight[chosen], how, 1)[: len(rows)], some.sum(places)[: len(rows)]
+    return _gradients(grad, x, weight, how, 1)[rows], grad.sum(places)[rows]
+
+
+def _filled(rows: Tensor, count: int) -> Tensor:
+    """The rows, then as many more as fill the last block."""
+    missing = -len(rows) % BLOCK
+    return torch.cat([rows, rows.new_zeros(missing)]) if missing and len(rows) + missing <= count else rows
+
+
+def _channels(x: Tensor, chosen: Tensor) -> Tensor:
+    """Return some channels of x [n, channels, ..]. With channels last, picking from a table is six times faster."""
+    last = x.movedim(1, -1)
+    if not last.is_contiguous():
+        return x.index_select(1, chosen)
+    table = last.flatten(0, -2).index_select(1, chosen)
+    return table.view(*last.shape[:-1], -1).movedim(-1, 1)

@@ -1,0 +1,68 @@
+"""Labelled images in memory: held out and drawn by class, the same every time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nss.data import Data, Dataset, iter_batches
+
+# Of each class so much is held out, where that makes at least so many images in all: fewer say too little.
+HELD_OUT = 0.1
+FEWEST = 20
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images [n, c, h, w] and labels int64 [n]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pick(self, rows: Tensor) -> Samples:
+        """Return the rows of an index or a bool tensor."""
+        return Samples(self.images[rows], self.labels[rows])
+
+
+def whole(data: Data) -> Samples:
+    """Return all images of the data; [0] and [0] when there are none."""
+    if isinstance(data, Dataset):
+        return Samples(data.images, data.labels)
+    rows = list(iter_batches(data, 1024))
+    if not rows:
+        return Samples(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    return Samples(torch.cat([images for images, _ in rows]), torch.cat([labels for _, labels in rows]))
+
+
+def parts(data: Data, seed: int) -> tuple[Samples, Samples]:
+    """Return what to train on and what to hold out.
+
+    A whole Dataset has splits for that, train and val; of anything else a tenth of each class is held out, drawn by the
+    seed. The second part is empty when it would have fewer than 20 images.
+    """
+    if isinstance(data, Dataset) and not data.part and len(data.split("val")) >= FEWEST:
+        return whole(data.split("train")), whole(data.split("val"))
+    samples = whole(data.split("train") if isinstance(data, Dataset) and not data.part else data)
+    held_out = drawn(samples.labels, HELD_OUT, seed)
+    if int(held_out.sum()) < FEWEST:
+        held_out = torch.zeros_like(held_out)
+    return samples.pick(~held_out), samples.pick(held_out)
+
+
+def drawn(labels: Tensor, share: float, seed: int) -> Tensor:
+    """Draw a share of each class, rounded. labels: int64 [n]. Returns bool [n].
+
+    >>> drawn(torch.tensor([0, 0, 1, 1, 1, 1]), 0.5, seed=0).sum()
+    tensor(3)
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique().tolist():
+        own = order[labels[order] == label]
+        chosen[own[: int(len(own) * share + 0.5)]] = True
+    return chosen

@@ -1,0 +1,142 @@
+"""Which neurons are tuned: critical in the slices of the new samples, by relative gradient, within one budget."""
+
+from __future__ import annotations
+
+import copy
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nss.errors import ReadaptError
+from nss.freeze import freeze
+from nss.model import model_digest
+from nss.sites import find_sites
+from nss.size import count_parameters
+from nss.slice import SemanticSlice, SemanticSlices
+from nss.tunable import tunable_neurons
+
+LAYERS = (nn.Conv2d, nn.Linear)
+
+
+def slices_of(
+    classes: tuple[str, ...], groups: list[tuple[int, ...]], neurons: list[dict[str, Tensor]]
+) -> SemanticSlices:
+    """Slices made by hand."""
+    made = [
+        SemanticSlice(f"slice-{number}", tuple(classes[index] for index in group), group, masks)
+        for number, (group, masks) in enumerate(zip(groups, neurons, strict=True))
+    ]
+    size = len(classes)
+    return SemanticSlices(classes, tuple(made), np.zeros((size, size)), np.zeros((size - 1, 4)))
+
+
+def all_critical(network: nn.Module, shape: tuple[int, ...], classes: tuple[str, ...]) -> SemanticSlices:
+    whole = {site.name: torch.ones(len(site), dtype=torch.bool) for site in find_sites(network, shape)}
+    return slices_of(classes, [tuple(range(len(classes)))], [whole])
+
+
+def relative_gradients(model: nn.Module, layers: list[str], images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Written out: one backward over all samples, row by row."""
+    twin = copy.deepcopy(model).eval()
+    F.cross_entropy(twin(images), labels).backward()
+    found = {}
+    for layer in layers:
+        weight = twin.network.get_submodule(layer).weight
+        rows = zip(weight.grad, weight, strict=True)
+        found[layer] = torch.tensor([float(grad.norm() / row.detach().norm()) for grad, row in rows])
+    return found
+
+
+def test_the_largest_relative_gradients_are_taken_over_all_layers(networks: ModuleType) -> None:
+    model, images = networks.zoo_model("lenet"), networks.pictures(12)
+    labels = torch.arange(12) % 4
+    slices = all_critical(model.network, networks.SHAPE, model.spec.classes)
+    free = tunable_neurons(model, slices, images, labels, 0.1)
+    scores = relative_gradients(model, list(free), images, labels)
+    taken = torch.cat([scores[layer][mask] for layer, mask in free.items()])
+    left = torch.cat([scores[layer][~mask] for layer, mask in free.items()])
+    assert len(taken) > 3
+    assert float(taken.min()) >= float(left.max()) * (1 - 1e-5)
+    assert set(free) == {"conv1", "conv2", "fc1", "fc2", "fc3"}
+
+
+@pytest.mark.parametrize("share", [0.05, 0.4])
+@pytest.mark.parametrize("name", ["lenet", "vgg_small", "resnet20", "mobilenet_small"])
+def test_no_more_weights_are_trained_than_the_share_and_not_a_neuron_fewer(
+    networks: ModuleType, name: str, share: float
+) -> None:
+    model = networks.zoo_model(name, 1)
+    slices = all_critical(model.network, networks.SHAPE, model.spec.classes)
+    free = tunable_neurons(model, slices, networks.pictures(8), torch.arange(8) % 4, share)
+    weights = count_parameters(model)
+    largest = max(module.weight[0].numel() + 3 for module in model.modules() if isinstance(module, LAYERS))
+    assert share * weights - largest < count_parameters(freeze(model, free)) <= share * weights
+
+
+def test_a_neuron_that_is_critical_in_no_affected_slice_is_never_tuned(networks: ModuleType) -> None:
+    model = networks.zoo_model("lenet")
+    sizes = {"conv1": 16, "conv2": 32, "fc1": 120, "fc2": 84}
+    first = {layer: torch.arange(size) < size // 2 for layer, size in sizes.items()}
+    second = {layer: ~mask for layer, mask in first.items()}
+    slices = slices_of(model.spec.classes, [(0, 1), (2, 3)], [first, second])
+    images = networks.pictures(12)
+    only_first = tunable_neurons(model, slices, images, torch.arange(12) % 2, 1.0)
+    for layer, mask in only_first.items():
+        allowed = first.get(layer, torch.tensor([True, True, False, False]))
+        assert not bool((mask & ~allowed).any())
+        assert bool(mask.any())
+    named = tunable_neurons(model, slices, images, torch.arange(12) % 4, 1.0, categories=["cow"])
+    for layer, mask in named.items():
+        assert not bool((mask & ~second.get(layer, torch.tensor([False, False, True, True]))).any())
+
+
+def test_a_neuron_counts_by_the_share_of_the_samples_in_whose_slice_it_is_critical(networks: ModuleType) -> None:
+    model = networks.zoo_model("lenet")
+    sizes = {"conv1": 16, "conv2": 32, "fc1": 120, "fc2": 84}
+    first = {layer: torch.arange(size) % 2 == 0 for layer, size in sizes.items()}
+    both = {layer: torch.ones(size, dtype=torch.bool) for layer, size in sizes.items()}
+    slices = slices_of(model.spec.classes, [(0,), (1, 2, 3)], [both, first])
+    images, labels = networks.pictures(20), torch.tensor([0] * 4 + [1, 2, 3, 1] * 4)
+    free = tunable_neurons(model, slices, images, labels, 0.15)
+    scores = relative_gradients(model, list(sizes), images, labels)
+    weighted = {layer: score * torch.where(first[layer], 1.0, 0.2) for layer, score in scores.items()}
+    taken = torch.cat([weighted[layer][free[layer]] for layer in sizes])
+    left = torch.cat([weighted[layer][~free[layer]] for layer in sizes])
+    assert float(taken.min()) >= float(left.max()) * (1 - 1e-5)
+
+
+def test_the_model_is_left_as_it_was(networks: ModuleType) -> None:
+    model = networks.zoo_model("resnet20").train()
+    model.network.head.requires_grad_(False)
+    digest = model_digest(model)
+    slices = all_critical(model.network, networks.SHAPE, model.spec.classes)
+    tunable_neurons(model, slices, networks.pictures(4), torch.arange(4), 0.3)
+    assert model_digest(model) == digest
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not model.network.head.weight.requires_grad
+
+
+def test_a_layer_called_twice_is_chosen_once(networks: ModuleType) -> None:
+    network = networks.Twice()
+    slices = all_critical(network, (1, 6, 6), ("a", "b"))
+    free = tunable_neurons(network, slices, networks.floats(8, (1, 6, 6)), torch.arange(8) % 2, 0.6)
+    assert torch.equal(free["shared"], free["shared#2"])
+    trained = count_parameters(freeze(network, free, (1, 6, 6)))
+    assert trained <= 0.6 * count_parameters(network)
+
+
+def test_slices_of_another_model_and_budgets_for_nothing_are_refused(networks: ModuleType) -> None:
+    model = networks.zoo_model("lenet")
+    images, labels = networks.pictures(4), torch.arange(4)
+    for other, message in (("vgg_small", "not of this model"), ("lenet", "not enough for one neuron")):
+        slices = all_critical(networks.zoo_model(other).network, networks.SHAPE, model.spec.classes)
+        with pytest.raises(ReadaptError, match=message):
+            tunable_neurons(model, slices, images, labels, 1e-5)
+    shorter = slices_of(model.spec.classes, [(0, 1, 2, 3)], [{"conv1": torch.ones(15, dtype=torch.bool)}])
+    with pytest.raises(ReadaptError, match="not of this model"):
+        tunable_neurons(model, shorter, images, labels, 0.5)
