@@ -16,7 +16,7 @@ BENCHES = {
     "scale": ([], []),
     "rq1": (["fashion-mnist"], ["nss.zoo:vgg_small", "nss.zoo:resnet20"]),
     "restructure": (["fashion-mnist"], ["nss.zoo:vgg_small", "nss.zoo:resnet20"]),
-    "rq2": (["fashion-mnist"], ["nss.zoo:vgg_small", "nss.zoo:resnet20"]),
+    "rq2": (["fashion-mnist", "cifar10"], ["nss.zoo:vgg_small", "nss.zoo:resnet20"]),
 }
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +45,10 @@ class Settings:
     seeds: tuple[int, ...]
     quick: bool
     command: str
+
+    def subjects(self) -> Iterator[tuple[str, str, int]]:
+        """Yield each data set, factory and seed."""
+        return itertools.product(self.data, self.models, self.seeds)
 
 
 @dataclass

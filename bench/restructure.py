@@ -8,9 +8,8 @@ OMP_NUM_THREADS=2 on a quiet machine, and only they are measured.
 from __future__ import annotations
 
 import copy
-import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +25,7 @@ from nss.critical import critical_neurons
 from nss.data import Dataset
 from nss.evaluate import Evaluation, evaluate
 from nss.finetune import fine_tune
-from nss.latency import measure_latency
+from nss.latency import random_pixels, time_calls
 from nss.model import Classifier, load_model, model_digest, save_model
 from nss.profile import Profile, profile
 from nss.remove import remove
@@ -45,7 +44,7 @@ IMAGES = 20_000
 EPOCHS = 2
 BATCH = 128
 LEARNING_RATE = 0.02
-ROUNDS = 3
+REPEATS = 30
 BY = ("data", "model", "budget", "method")
 SIZES = ("macs", "params", "removed", "masked", "bytes", "latency_ms", "latency_1_ms", "speedup")
 BEFORE = ("accuracy_before", "lost_before", "worst_before")
@@ -68,7 +67,7 @@ PROTOCOL = {
     "ahead": "mean of nss less that of the best peer in that very column",
     "size": "macs, params: share left; removed: share of the weights gone; masked: share of the weights left but zero; "
     "bytes: the weight file",
-    "latency": f"median milliseconds, all models in turn, {ROUNDS} rounds of 10 calls; latency_ms: batch of 64",
+    "latency": f"median milliseconds, all models in turn, {REPEATS} calls each; latency_ms: batch of 64",
     "seconds": "from the profile (nss) or the gradients (Taylor) to the model, before fine-tuning",
 }
 
@@ -76,10 +75,8 @@ PROTOCOL = {
 def run(settings: Settings) -> Report:
     """Measure every combination; finished ones are taken from the cache."""
     report = Report(settings, {**PROTOCOL, "threads": torch.get_num_threads()})
-    for name in settings.data:
-        for factory in settings.models:
-            for seed in settings.seeds:
-                report.rows += _one(_Subject(name, factory, seed), settings)
+    for name, factory, seed in settings.subjects():
+        report.rows += _one(_Subject(name, factory, seed), settings)
     report.summary = _against_the_best(report.rows)
     for title, columns in TABLES.items():
         show(f"restructuring against torch-pruning: {title}", report.summary, [*BY, *columns])
@@ -232,23 +229,15 @@ def _timed(subject: _Subject, identity: Row, rows: Sequence[Row]) -> list[Row]:
     key = {**identity, "weights": [row["weights"] for row in rows], "threads": torch.get_num_threads()}
 
     def measure() -> list[Row]:
-        models = [subject.model, *(load_model(CACHE / "restructured" / row["saved"]) for row in rows)]
-        original, *smaller = _latencies(models)
-        return [_faster(each, original) for each in smaller]
+        models = {row["saved"]: load_model(CACHE / "restructured" / row["saved"]) for row in rows}
+        pixels = random_pixels(64, subject.model.spec.input_shape)
+        found = time_calls({"original": subject.model, **models}, pixels, repeats=REPEATS)
+        return [_faster(found[row["saved"]].median_ms, found["original"].median_ms) for row in rows]
 
     return [{**row, **times} for row, times in zip(rows, resumed("restructure-latency", key, measure), strict=True)]
 
 
-def _latencies(models: Sequence[Classifier]) -> list[dict[int, float]]:
-    """Medians over rounds in which the models take turns: what else the machine does falls on all of them."""
-    rounds = [[measure_latency(model, (1, 64), repeats=10).median_ms for model in models] for _ in range(ROUNDS)]
-    return [
-        {size: statistics.median(each[index][size] for each in rounds) for size in (1, 64)}
-        for index in range(len(models))
-    ]
-
-
-def _faster(smaller: dict[int, float], original: dict[int, float]) -> dict[str, Any]:
+def _faster(smaller: Mapping[int, float], original: Mapping[int, float]) -> dict[str, Any]:
     return {
         "latency_ms": smaller[64],
         "latency_1_ms": smaller[1],

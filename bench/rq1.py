@@ -44,10 +44,8 @@ PROTOCOL = {
 def run(settings: Settings) -> Report:
     """Measure every combination; finished ones are taken from the cache."""
     report = Report(settings, PROTOCOL)
-    for name in settings.data:
-        for factory in settings.models:
-            for seed in settings.seeds:
-                report.rows += _one(name, factory, seed, settings)
+    for name, factory, seed in settings.subjects():
+        report.rows += _one(name, factory, seed, settings)
     by = ["data", "model", "metric", "rule", "threshold"]
     compared = [row for row in _at_equal_size(report.rows) if row["method"] == "semantic"]
     values = ["masked", "accuracy", "told", "global", "category", "ahead", "val_ahead", "slices", "original"]

@@ -50,10 +50,8 @@ PROTOCOL = {
 def run(settings: Settings) -> Report:
     """Measure every combination; finished ones are taken from the cache."""
     report = Report(settings, PROTOCOL)
-    for name in settings.data:
-        for factory in settings.models:
-            for seed in settings.seeds:
-                report.rows += _one(name, factory, seed, settings)
+    for name, factory, seed in settings.subjects():
+        report.rows += _one(name, factory, seed, settings)
     by = ["data", "model", "method", "setting"]
     stops = _at_same_rate(report.rows)
     values = ["iterations", "cr", "cr_masked", "cr_removed", "masked", "removed", "accuracy", "val_accuracy"]

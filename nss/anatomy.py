@@ -10,6 +10,7 @@ and channel shuffles need no case of their own.
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -27,6 +28,8 @@ NONE = -1
 SPREAD = -2
 TIED = "it is tied to channels that are no neurons"
 GROUP_NORM = "a GroupNorm averages over it and its neighbours"
+# torch.fx replaces methods of nn.Module while it traces, and puts back what it found.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,26 @@ class Anatomy:
 
 
 class _Tracer(fx.Tracer):
-    """Symbolic tracing that keeps torch's modules whole, wherever they come from."""
+    """Symbolic tracing that keeps torch's modules whole, wherever they come from.
+
+    While it traces, torch.fx hands it every call of every module of the process: those of other threads go their way.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a call of this thread, run one of another."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Record an access of this thread, leave one of another alone."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, fx.GraphModule):
@@ -86,7 +108,8 @@ def trace(network: nn.Module) -> fx.GraphModule:
     Raises SiteError when the forward depends on the data (an `if` on a tensor, a loop over its length).
     """
     try:
-        graph = _Tracer().trace(network)
+        with _ONE_AT_A_TIME:
+            graph = _Tracer().trace(network)
     except Exception as problem:  # torch.fx raises whatever the user's forward raises on a proxy
         raise SiteError(
             f"the forward of {type(network).__name__} cannot be traced: {problem}",
@@ -144,7 +167,7 @@ class _Walker(fx.Interpreter):
         if node.op in ("placeholder", "get_attr"):
             return _blank(result)
         module = ops.module_of(node, self.anatomy.graph)
-        if isinstance(module, (*ops.CONVOLUTIONS, nn.Linear)):
+        if isinstance(module, ops.LAYERS):
             return self._layer(node, module, result)
         return self._rule(node, module, result)
 

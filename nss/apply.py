@@ -12,7 +12,7 @@ from torch import Tensor
 from nss.data import Data
 from nss.errors import RestructureError
 from nss.merge import Reading, fold, readings
-from nss.model import Classifier, evaluating, model_digest
+from nss.model import Classifier, evaluating
 from nss.plan import RestructurePlan
 from nss.profile import Profile
 from nss.refit import refit
@@ -41,6 +41,7 @@ def apply_plan(
     stay = units.channels(units.kept(plan.neurons(), sites))  # what cannot leave stays as it is
     read = list(readings(model.network, sites, profiled))
     smaller = merged(model, sites, read, stay)
+    smaller.spec = replace(smaller.spec, parent=plan.model)
     sample, labels = training_images(data)
     sample, _ = first_of_each(sample, labels, max(1, images // len(model.spec.classes)))
     left = {producer.name: stay[producer.out_ids] for producer in sites.anatomy.producers}
@@ -54,6 +55,4 @@ def merged(model: Classifier, sites: Sites, read: Sequence[Reading], stay: Tenso
     folded = copy.deepcopy(model)
     for reading in read:
         fold(folded.network, reading, stay)
-    smaller = cast(Classifier, remove(folded, {site.name: stay[site.ids] for site in sites}))
-    smaller.spec = replace(smaller.spec, parent=model_digest(model))
-    return smaller
+    return cast(Classifier, remove(folded, {site.name: stay[site.ids] for site in sites}))

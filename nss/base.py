@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nss.data import Data, Dataset
+from nss.data import Data, val_part
 from nss.errors import ModelError
-from nss.predict import predict
+from nss.predict import accuracy
 from nss.steps import Schedule, sgd, step, training_images
 
 
@@ -45,7 +45,7 @@ def train(
     """
     if epochs < 1 or batch_size < 1:
         raise ModelError(f"epochs {epochs}, batch_size {batch_size}", allowed="epochs and batch_size from 1")
-    held_out = data.split("val") if isinstance(data, Dataset) else None
+    held_out = val_part(data)
     images, labels = training_images(data)
     generator = torch.Generator().manual_seed(seed)
     steps = max(1, len(images) // batch_size)
@@ -54,8 +54,8 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # dropout
         for epoch in range(1, epochs + 1):
-            loss, accuracy = _epoch(model, images, labels, optimizer, schedule, generator, batch_size)
-            history.append(Epoch(epoch, loss, accuracy, _accuracy(model, held_out)))
+            loss, right = _epoch(model, images, labels, optimizer, schedule, generator, batch_size)
+            history.append(Epoch(epoch, loss, right, float("nan") if held_out is None else accuracy(model, held_out)))
     model.eval()
     return history
 
@@ -79,10 +79,3 @@ def _epoch(
         loss, correct = step(model, images[rows].to(device), labels[rows].to(device), optimizer, schedule)
         total, seen, right = total + loss * len(rows), seen + len(rows), right + correct
     return total / seen, right / seen
-
-
-def _accuracy(model: nn.Module, data: Dataset | None) -> float:
-    if data is None or not len(data):
-        return float("nan")
-    logits, labels = predict(model, data)
-    return float((logits.argmax(1) == labels).double().mean())

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from nss.coupling import lookup
 from nss.model import network_of, shape_of
 from nss.sites import Sites, find_sites
 from nss.size import count_macs, count_parameters
@@ -49,7 +50,7 @@ class CostModel:
 
 def _count(ids: Tensor, stay: Tensor) -> int:
     """Number of channels that stay; those without a name always do."""
-    return int(torch.where(ids >= 0, stay[ids.clamp_min(0)], True).sum())
+    return int(lookup(stay, ids, True).sum())
 
 
 def _pairs(part: _Part, stay: Tensor) -> int:

@@ -51,6 +51,11 @@ class Classes:
         return other
 
 
+def lookup(values: torch.Tensor, ids: torch.Tensor, otherwise: bool | int) -> torch.Tensor:
+    """Return `values[ids]`, and `otherwise` where an id is below 0: no name. values: [n], ids: int64 of any shape."""
+    return torch.where(ids >= 0, values[ids.clamp_min(0)], otherwise)
+
+
 def any_in_class(flags: torch.Tensor, roots: torch.Tensor) -> torch.Tensor:
     """Say for each member whether any of its class is flagged. flags: bool [n], roots: int64 [n]. Returns bool [n]."""
     found = torch.zeros_like(flags)

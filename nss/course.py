@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nss.errors import ReadaptError
 from nss.guard import Guard
 from nss.model import device_of
-from nss.predict import predict
+from nss.predict import accuracy, predict
 from nss.samples import Samples
 
 # An epoch of few samples has several passes: with fewer steps the guard cannot bring back what went too far.
@@ -189,7 +189,4 @@ class Course:
         return float(F.cross_entropy(logits, labels)) + self.settings.guard * guard
 
     def _accuracy(self, samples: Samples | None) -> float | None:
-        if samples is None or not len(samples):
-            return None
-        logits, labels = predict(self.model, (samples.images, samples.labels))
-        return float((logits.argmax(1) == labels).double().mean())
+        return accuracy(self.model, (samples.images, samples.labels)) if samples else None

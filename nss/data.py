@@ -159,6 +159,17 @@ class Dataset:
 Data = Dataset | tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
 
+def train_part(data: Data) -> Data:
+    """Return what to train on: of a whole Dataset its train split, anything else as it is."""
+    return data.split("train") if isinstance(data, Dataset) and not data.part else data
+
+
+def val_part(data: Data) -> Dataset | None:
+    """Return what to judge on while training: of a whole Dataset its val split, if it has images; else None."""
+    held_out = data.split("val") if isinstance(data, Dataset) and not data.part else None
+    return held_out or None
+
+
 def iter_batches(data: Data, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Return an iterator over (images, labels) in the order given, `size` rows at a time, fewer only in the last.
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from nss.anatomy import Anatomy, Producer
+from nss.coupling import lookup
 from nss.errors import SiteError
 from nss.model import network_of, shape_of
-from nss.operations import CHANNEL_NORMS, CONVOLUTIONS, module_of
+from nss.operations import CHANNEL_NORMS, CONVOLUTIONS, norm_behind
 from nss.rows import FreeConvolution, FreeLinear, FreeNorm, FreeRows
 from nss.sites import find_sites
 from nss.weight_masks import apply_masks, release_masks
@@ -87,7 +88,7 @@ def free_entries(anatomy: Anatomy, free: Mapping[str, Tensor]) -> dict[str, Tens
         if producer.module in rows:
             flags[producer.out_ids] = rows[producer.module]
     for scaler in anatomy.scalers:
-        own = torch.where(scaler.ids >= 0, flags[scaler.ids.clamp_min(0)], False)
+        own = lookup(flags, scaler.ids, False)
         rows[scaler.module] = rows[scaler.module] & own if scaler.module in rows else own
     return rows
 
@@ -142,12 +143,12 @@ def _followed_by_norm(anatomy: Anatomy) -> dict[str, str]:
     calls = Counter(str(node.target) for node in anatomy.graph.graph.nodes if node.op == "call_module")
     pairs = {}
     for producer in anatomy.producers:
-        layer, users = anatomy.graph.get_submodule(producer.module), list(producer.node.users)
-        if len(users) != 1 or not isinstance(layer, CONVOLUTIONS):
+        norm = norm_behind(producer.node, anatomy.graph)
+        layer = anatomy.graph.get_submodule(producer.module)
+        if norm is None or norm.running_mean is None or not isinstance(layer, CONVOLUTIONS):
             continue
-        norm, name = module_of(users[0], anatomy.graph), str(users[0].target)
-        fixed = isinstance(norm, CHANNEL_NORMS) and norm.running_mean is not None
-        if fixed and calls[producer.module] == calls[name] == 1:
+        name = str(next(iter(producer.node.users)).target)
+        if calls[producer.module] == calls[name] == 1:
             pairs[producer.module] = name
     return pairs
 

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from nss import operations as ops
+from nss.anatomy import Producer
+from nss.coupling import lookup
 from nss.gather import readers
 from nss.profile import Profile
 from nss.sites import Sites
@@ -44,7 +47,7 @@ def readings(network: nn.Module, sites: Sites, profile: Profile) -> Iterator[Rea
             continue
         producer = next(each for each in sites.anatomy.producers if each.name == reader.name)
         layer = cast(Layer, network.get_submodule(producer.module))
-        weight = spread_weight(layer, len(reader.ids)) * output_scale(network, sites, producer.out_ids)[:, None, None]
+        weight = spread_weight(layer, len(reader.ids)) * output_scale(producer, sites.anatomy.graph)[:, None, None]
         importance = torch.einsum("oip,ojp->ij", weight, weight)
         yield Reading(reader.name, producer.module, reader.ids, profile.gram(reader.name), importance)
 
@@ -68,15 +71,14 @@ def spread_weight(layer: Layer, channels: int) -> Tensor:
     return wide.view(len(weight), channels, -1)
 
 
-def output_scale(network: nn.Module, sites: Sites, out_ids: Tensor) -> Tensor:
+def output_scale(producer: Producer, graph: fx.GraphModule) -> Tensor:
     """Return what the norm behind a layer multiplies each of its outputs by, float64 [outputs]; ones without a norm."""
-    for scaler in sites.anatomy.scalers:
-        norm = network.get_submodule(scaler.module)
-        if torch.equal(scaler.ids, out_ids) and isinstance(getattr(norm, "running_var", None), Tensor):
-            norm = cast(nn.BatchNorm2d, norm)
-            scale = (cast(Tensor, norm.running_var).double() + norm.eps).rsqrt()
-            return scale * norm.weight.detach().double().abs() if norm.affine else scale
-    return torch.ones(len(out_ids), dtype=torch.float64)
+    norm = ops.norm_behind(producer.node, graph)
+    if norm is None or norm.running_var is None:
+        outputs = len(cast(Layer, graph.get_submodule(producer.module)).weight)
+        return torch.ones(outputs, dtype=torch.float64)
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    return scale * norm.weight.detach().double() if norm.affine else scale
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class _Part:
     @classmethod
     def of(cls, reading: Reading, of: Tensor, place: dict[int, int]) -> _Part | None:
         """Return the part of `reading` that these units are in; None when it reads none of them, or nothing at all."""
-        unit = torch.where(reading.ids >= 0, of[reading.ids.clamp_min(0)], -1)
+        unit = lookup(of, reading.ids, -1)
         rows = torch.tensor([place.get(each, -1) for each in unit.tolist()])
         own = rows >= 0
         part = cls(rows[own], reading.gram[own][:, own].clone(), reading.importance[own][:, own])
@@ -161,7 +163,7 @@ def fold(network: nn.Module, reading: Reading, stay: Tensor, ridge: float = RIDG
     stay: bool [channels of the anatomy]. The columns of channels that leave become zero. A layer that every position
     reads alike is folded alike at every position.
     """
-    kept = torch.where(reading.ids >= 0, stay[reading.ids.clamp_min(0)], True)
+    kept = lookup(stay, reading.ids, True)
     if bool(kept.all()):
         return
     layer = cast(Layer, network.get_submodule(reading.module))

@@ -22,8 +22,10 @@ from torch import nn
 from nss.errors import ModelError
 from nss.files import file_digest, read_json, read_tensors, replacing, write_json, write_tensors
 from nss.mask import ChannelMask
+from nss.operations import LAYERS
+from nss.rows import FreeRows
 from nss.surgery import shrink
-from nss.weight_masks import MASK, PRUNABLE, apply_masks, plain_state
+from nss.weight_masks import MASK, apply_masks, plain_state
 
 FORMAT = 1
 TRUSTED = ("nss.zoo", "torchvision.models")
@@ -200,6 +202,8 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
         )
     if any(isinstance(module, ChannelMask) for module in model.modules()):
         raise ModelError("a masked view cannot be kept", fix="save nss.remove(model, neurons) instead")
+    if any(isinstance(module, FreeRows) for module in model.modules()):
+        raise ModelError("a frozen copy cannot be kept", fix="save nss.thaw(model) instead")
     with replacing(Path(folder)) as part:
         part.mkdir()
         write_tensors(part / "model.safetensors", plain_state(model), {"format": FORMAT})
@@ -236,7 +240,7 @@ def _split_masks(model: nn.Module, tensors: dict[str, torch.Tensor], folder: Pat
     own = model.state_dict()
     names = [name for name in tensors if name.endswith(f".{MASK}") and name not in own]
     masks = {name.removesuffix(f".{MASK}"): tensors.pop(name) for name in names}
-    prunable = {name: module.weight.shape for name, module in model.named_modules() if isinstance(module, PRUNABLE)}
+    prunable = {name: module.weight.shape for name, module in model.named_modules() if isinstance(module, LAYERS)}
     for layer, mask in masks.items():
         if mask.dtype != torch.bool or mask.shape != prunable.get(layer):
             found = f"{str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}"

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from nss.data import Data
 from nss.errors import ModelError
 from nss.model import network_of
-from nss.operations import CONVOLUTIONS
-from nss.predict import predict
+from nss.operations import LAYERS
+from nss.predict import accuracy
 from nss.steps import training_images
 from nss.weight_masks import refuse_masks
 
@@ -36,27 +36,27 @@ def mutate(model: nn.Module, data: Data, drop: float, seed: int, *, images: int 
     generator = torch.Generator().manual_seed(seed)
     judged = _drawn(training_images(data), images, generator)
     mutant = copy.deepcopy(model)
-    weights = [m.weight for m in network_of(mutant).modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))]
+    weights = [m.weight for m in network_of(mutant).modules() if isinstance(m, LAYERS)]
     own = torch.cat([weight.detach().cpu().flatten() for weight in weights])
     other = torch.cat([_random(weight, generator) for weight in weights])
     order = torch.randperm(len(own), generator=generator)
-    goal = _accuracy(mutant, judged) - drop
+    goal = accuracy(mutant, judged) - drop
 
-    def accuracy(count: int) -> float:
+    def left(count: int) -> float:
         mixed = own.clone()
         mixed[order[:count]] = other[order[:count]]
         _write(weights, mixed)
-        return _accuracy(mutant, judged)
+        return accuracy(mutant, judged)
 
     enough, few = len(own), 0
-    if accuracy(enough) > goal:
+    if left(enough) > goal:
         raise ModelError(
             f"with all weights replaced the accuracy falls by less than {drop}", fix="ask for a smaller drop"
         )
     while enough - few > 1:
         middle = (few + enough) // 2
-        few, enough = (few, middle) if accuracy(middle) <= goal else (middle, enough)
-    accuracy(enough)
+        few, enough = (few, middle) if left(middle) <= goal else (middle, enough)
+    left(enough)
     return mutant
 
 
@@ -74,8 +74,3 @@ def _write(weights: list[Tensor], values: Tensor) -> None:
     with torch.no_grad():
         for weight, part in zip(weights, values.split([weight.numel() for weight in weights]), strict=True):
             weight.copy_(part.view(weight.shape))
-
-
-def _accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    logits, labels = predict(model, data)
-    return float((logits.argmax(1) == labels).double().mean())

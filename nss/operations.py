@@ -13,6 +13,8 @@ from torch import fx, nn
 from nss.mask import ChannelMask
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# What has weights over channels.
+LAYERS = (*CONVOLUTIONS, nn.Linear)
 CHANNEL_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # Norms that average over channels: a channel removed and a channel at zero are two different things to them.
 MIXING_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -122,6 +124,12 @@ def is_dropout(node: fx.Node, root: nn.Module) -> bool:
     if module is not None:
         return isinstance(module, PASSING)
     return "dropout" in name_of(node) or name_of(node) == "stochastic_depth"
+
+
+def norm_behind(node: fx.Node, root: nn.Module) -> nn.BatchNorm2d | None:
+    """Return the BatchNorm that alone reads the node's output, or None."""
+    norm = module_of(next(iter(node.users)), root) if len(node.users) == 1 else None
+    return cast(nn.BatchNorm2d, norm) if isinstance(norm, CHANNEL_NORMS) else None
 
 
 def moves_zero(node: fx.Node, root: nn.Module) -> bool:

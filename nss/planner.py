@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nss.allocate import Path, find_path
+from nss.allocate import Path, find_path, kept_units
 from nss.cost import cost_model
 from nss.data import Data
 from nss.errors import RestructureError
@@ -84,18 +84,19 @@ class Planner:
         if share is None or not 0 < share <= 1:
             raise RestructureError(f"the budget is {share}", where=what, allowed="a share above 0, at most 1")
         path = self.path(what)
-        if path.sizes[-1] > share * path.sizes[0]:
+        # A share that stands for a whole number misses it by rounding.
+        target = int(share * path.sizes[0] + 1e-6)
+        if path.sizes[-1] > target:
             raise RestructureError(
                 f"{what}={share} cannot be reached",
                 where=f"at most {self.cap:.0%} of a layer may leave",
                 allowed=f"{path.sizes[-1] / path.sizes[0]:.4f} to 1",
                 fix="ask for more, or raise cap",
             )
-        return self._plan(path.within(share * path.sizes[0]), {what: share})
+        return self._plan(path.within(target), {what: share})
 
     def _plan(self, counts: Sequence[int], budget: dict[str, float]) -> RestructurePlan:
-        kept = self.path("macs").kept(counts)
-        stay = self.units.channels(kept)
+        stay = self.units.channels(kept_units(self.units, self.orders, counts))
         whole = torch.ones_like(stay)
         layers = {}
         for place, group in enumerate(self.units.groups):

@@ -23,3 +23,9 @@ def predict(model: nn.Module, data: Data, batch_size: int = 500) -> tuple[Tensor
     if not rows:
         raise ModelError("there are no images to evaluate on", fix="use a split that has images")
     return torch.cat([logits for logits, _ in rows]), torch.cat([labels for _, labels in rows])
+
+
+def accuracy(model: nn.Module, data: Data) -> float:
+    """Return the share of images that the model answers right, of 1. Raises ModelError when there are no images."""
+    logits, labels = predict(model, data)
+    return float((logits.argmax(1) == labels).double().mean())

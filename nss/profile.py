@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nss.data import Data, iter_batches
@@ -20,6 +19,7 @@ from nss.files import read_tensors, write_tensors
 from nss.gather import Gatherer
 from nss.model import Classifier, device_of, evaluating, model_digest, network_of, on_device, shape_of
 from nss.prefetch import read_ahead
+from nss.samples import rank_in_class
 from nss.sites import find_sites
 
 METRICS = ("avg", "var", "ens", "taylor", "deeplift")
@@ -250,9 +250,8 @@ def _limited(
         if len(wrong):
             raise ProfileError(f"a label is {int(wrong[0])}", allowed=f"0 to {len(names) - 1}: {', '.join(names)}")
         if limit is not None:
-            one_hot = F.one_hot(labels, len(names))
-            rank = (one_hot.cumsum(0) - 1).gather(1, labels[:, None])[:, 0] + seen[labels]
-            seen += one_hot.sum(0)
+            rank = rank_in_class(labels) + seen[labels]
+            seen += torch.bincount(labels, minlength=len(names))
             images, labels = images[rank < limit], labels[rank < limit]
         if len(labels):
             yield images, labels

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from nss.data import Data, Dataset
+from nss.data import Data, val_part
 from nss.errors import PruneError
 from nss.finetune import fine_tune
 from nss.model import model_digest, network_of, with_network
-from nss.predict import predict
+from nss.operations import LAYERS
+from nss.predict import accuracy
 from nss.size import count_parameters
-from nss.weight_masks import PRUNABLE, apply_masks, count_masked, count_prunable, weight_masks
+from nss.weight_masks import apply_masks, count_masked, count_prunable, weight_masks
 
 LAST_SHARE = 0.2
 """of the last layer's weights that Uniform+ keeps at least"""
@@ -96,7 +97,7 @@ def _pruned(model: nn.Module, layers: Sequence[_Layer], method: str, keep: int, 
 def _layers(network: nn.Module) -> list[_Layer]:
     masks, layers = weight_masks(network), []
     for name, module in network.named_modules():
-        if not isinstance(module, PRUNABLE):
+        if not isinstance(module, LAYERS):
             continue
         if parametrize.is_parametrized(module) and name not in masks:
             raise PruneError("the layer's weight is computed from others", where=name, fix="remove the parametrization")
@@ -281,11 +282,13 @@ def prune_weights_iteratively(
     >>> found.iterations, round(found.cr_masked, 1)
     (13, 18.2)
     """
-    judge = _held_out(data, held_out)
+    judge = val_part(data) if held_out is None else held_out
+    if judge is None:
+        raise PruneError("there are no held-out images to measure the accuracy on", fix="pass held_out")
     _check(step, tolerance, retrain_steps, max_iterations)
     before = original_parameters or count_parameters(model)
-    base = _accuracy(model, judge) if reference is None else reference
-    best, best_accuracy, curve = model, _accuracy(model, judge), list[PruningStep]()
+    base = accuracy(model, judge) if reference is None else reference
+    best, best_accuracy, curve = model, accuracy(model, judge), list[PruningStep]()
     total = count_prunable(model)
     for iteration in range(1, max_iterations + 1):
         candidate = _step(best, method, step, cap)
@@ -295,12 +298,12 @@ def prune_weights_iteratively(
             fine_tune(
                 candidate, data, retrain_steps, seed + iteration, learning_rate=learning_rate, batch_size=batch_size
             )
-        accuracy, remaining = _accuracy(candidate, judge), total - count_masked(candidate)
-        within = base - accuracy <= tolerance + SLACK
-        curve.append(PruningStep(iteration, remaining, 1 - remaining / total, accuracy, within))
+        reached, remaining = accuracy(candidate, judge), total - count_masked(candidate)
+        within = base - reached <= tolerance + SLACK
+        curve.append(PruningStep(iteration, remaining, 1 - remaining / total, reached, within))
         if not within:
             break
-        best, best_accuracy = candidate, accuracy
+        best, best_accuracy = candidate, reached
     done = sum(each.within for each in curve)
     if done:
         best = with_network(best, network_of(best), parent=model_digest(model))
@@ -317,14 +320,6 @@ def _step(model: nn.Module, method: str, step: float, cap: float) -> nn.Module |
     return None if keep == alive else _pruned(model, layers, method, keep, cap)
 
 
-def _held_out(data: Data, given: Data | None) -> Data:
-    if given is not None:
-        return given
-    if isinstance(data, Dataset) and len(data.split("val")):
-        return data.split("val")
-    raise PruneError("there are no held-out images to measure the accuracy on", fix="pass held_out")
-
-
 def _check(step: float, tolerance: float, retrain_steps: int, max_iterations: int) -> None:
     allowed = {
         "step, above 0 and below 1": 0 < step < 1,
@@ -336,8 +331,3 @@ def _check(step: float, tolerance: float, retrain_steps: int, max_iterations: in
     if wrong:
         given = f"step {step}, tolerance {tolerance}, retrain_steps {retrain_steps}, max_iterations {max_iterations}"
         raise PruneError(f"{given} cannot be followed", allowed="; ".join(wrong))
-
-
-def _accuracy(model: nn.Module, data: Data) -> float:
-    logits, labels = predict(model, data)
-    return float((logits.argmax(1) == labels).double().mean())

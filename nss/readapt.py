@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nss.course import Course, Memory, ReadaptEpoch, Settings
-from nss.data import Data, Dataset
+from nss.data import Data, Dataset, train_part
 from nss.errors import ReadaptError
 from nss.freeze import freeze, thaw
 from nss.guard import Guard
@@ -213,8 +213,7 @@ def _guard(
             "there is nothing to guard old behaviour by", where="profile", fix="give a profile or old data, or guard=0"
         )
     if profile is None and old_data is not None:
-        old = old_data.split("train") if isinstance(old_data, Dataset) and not old_data.part else old_data
-        profile = gather_profile(model, old, ("avg",), classes=None, input_shape=shape)
+        profile = gather_profile(model, train_part(old_data), ("avg",), classes=None, input_shape=shape)
     if profile is None or profile.model != model_digest(model) or not profile.grams:
         raise ReadaptError(
             "the profile is of another model, or without Gram matrices",

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from nss import operations as ops
 from nss.anatomy import Anatomy, Producer, dissect
 from nss.functional import without_inplace
+from nss.merge import output_scale
 from nss.model import Classifier, device_of
 from nss.surgery import Layer
 
@@ -97,19 +98,12 @@ def refit(
                 with torch.no_grad():
                     inputs = original.normalise(batch.to(device_of(original)))
                     moments.add(*gather(probes, inputs, count, generator))
-        norms = [_norm_behind(producer.node, ours.graph) for producer in producers]
+        norms = [ops.norm_behind(producer.node, ours.graph) for producer in producers]
         moments.solve(ridge, norms[0] if all(norm is norms[0] for norm in norms) else None)
 
 
 def _fits(layer: Layer) -> bool:
     return layer.weight.dim() <= 4 and layer.weight[0].numel() <= WIDEST
-
-
-def _norm_behind(node: fx.Node, graph: fx.GraphModule) -> nn.BatchNorm2d | None:
-    """Return the norm that alone reads a layer's output, or None."""
-    user = next(iter(node.users)) if len(node.users) == 1 else node
-    norm = ops.module_of(user, graph)
-    return cast(nn.BatchNorm2d, norm) if isinstance(norm, ops.CHANNEL_NORMS) else None
 
 
 class _Gather:
@@ -120,7 +114,7 @@ class _Gather:
         self.node = producer.node.name
         self.source = producer.node.all_input_nodes[0].name
         self.other = _added_to(producer.node, anatomy.graph)
-        self.scale = _signed_scale(_norm_behind(producer.node, anatomy.graph), int(left.sum()))
+        self.scale = output_scale(producer, anatomy.graph).to(layer.weight)
 
     def __call__(
         self, probes: tuple[Probe, Probe], batch: Tensor, count: int, generator: torch.Generator
@@ -146,17 +140,10 @@ class _Gather:
         return x.reshape(len(x), -1, x.shape[-1])
 
 
-def _signed_scale(norm: nn.BatchNorm2d | None, outputs: int) -> Tensor:
-    if norm is None or norm.running_var is None:
-        return torch.ones(outputs)
-    scale = (norm.running_var + norm.eps).rsqrt()
-    return (scale * norm.weight if norm.affine else scale).detach()
-
-
 def _added_to(node: fx.Node, graph: fx.GraphModule) -> str | None:
     """Return the name of what a layer's output is added to, behind its own norm and dropout at most, or None."""
     user = next(iter(node.users), node)
-    if len(node.users) == 1 and isinstance(ops.module_of(user, graph), ops.CHANNEL_NORMS):
+    if ops.norm_behind(node, graph) is not None:
         node, user = user, next(iter(user.users), user)
     while len(node.users) == 1 and ops.is_dropout(user, graph):
         node, user = user, next(iter(user.users), user)
@@ -179,13 +166,17 @@ def _patches(x: Tensor, layer: Layer) -> Tensor:
 
 
 class _Moments:
-    """Second moments of a layer's inputs and of wanted outputs with them, for each group of a grouped convolution."""
+    """Second moments of a layer's inputs and of wanted outputs with them, for each group of a grouped convolution.
+
+    They are taken about the means of the first rows: products of what hardly varies lose its variation otherwise.
+    """
 
     def __init__(self, layer: Layer) -> None:
         self.layer, self.groups = layer, int(getattr(layer, "groups", 1))
         self.size, self.outputs = layer.weight[0].numel(), len(layer.weight) // self.groups
         zeros = layer.weight.new_zeros
         self.count = 0
+        self.origin: tuple[Tensor, Tensor] | None = None
         self.inputs = zeros(self.groups, self.size, dtype=torch.float64)
         self.wanted = zeros(self.groups, self.outputs, dtype=torch.float64)
         self.square = zeros(self.groups, self.size, self.size, dtype=torch.float64)
@@ -195,6 +186,8 @@ class _Moments:
         """inputs: [n, groups x size], wanted: [n, groups x outputs]."""
         x = inputs.view(len(inputs), self.groups, self.size).transpose(0, 1)
         y = wanted.reshape(len(wanted), self.groups, self.outputs).transpose(0, 1)
+        self.origin = self.origin or (x.mean(1, keepdim=True), y.mean(1, keepdim=True))
+        x, y = x - self.origin[0], y - self.origin[1]
         self.count += len(inputs)
         self.inputs += x.sum(1).double()
         self.wanted += y.sum(1).double()
@@ -207,11 +200,10 @@ class _Moments:
         The mean is met by the bias, or else by the norm behind: what it takes for the mean moves along.
         """
         weight = self.layer.weight.detach().double().reshape(self.groups, self.outputs, self.size)
-        mean_in, mean_out = self.inputs / self.count, self.wanted / self.count
-        square, cross = self.square / self.count, self.cross / self.count
-        if self.layer.bias is not None or norm is not None:
-            square = square - mean_in[:, :, None] * mean_in[:, None]
-            cross = cross - mean_out[:, :, None] * mean_in[:, None]
+        mean_in, mean_out, square, cross = self._centred()
+        if self.layer.bias is None and norm is None:
+            square = square + mean_in[:, :, None] * mean_in[:, None]
+            cross = cross + mean_out[:, :, None] * mean_in[:, None]
         level = square.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
         inner = square + ridge * level[:, None, None] * torch.eye(self.size, dtype=torch.float64)
         moved = weight + torch.linalg.solve(inner, (cross - weight @ square).transpose(1, 2)).transpose(1, 2)
@@ -222,3 +214,11 @@ class _Moments:
                 self.layer.bias.copy_(missing)
             elif norm is not None and norm.running_mean is not None:
                 norm.running_mean -= missing.to(norm.running_mean)
+
+    def _centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the means of inputs and wanted outputs, and their second moments about them."""
+        assert self.origin is not None, "moments of no rows"
+        x, y = self.inputs / self.count, self.wanted / self.count
+        square = self.square / self.count - x[:, :, None] * x[:, None]
+        cross = self.cross / self.count - y[:, :, None] * x[:, None]
+        return self.origin[0][:, 0].double() + x, self.origin[1][:, 0].double() + y, square, cross

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
 from nss.apply import apply_plan
-from nss.data import Data, Dataset
+from nss.data import Data, train_part, val_part
 from nss.errors import RestructureError
 from nss.evaluate import evaluate
 from nss.finetune import fine_tune
@@ -73,10 +74,15 @@ class _Job:
     learning_rate: float
     distil: bool
 
+    @cached_property
+    def original(self) -> Point:
+        """The model as it is."""
+        return self.point("original", self.model)
+
     def build(self, plan: RestructurePlan) -> Restructured:
         """Carry a plan out and measure every step of it."""
         smaller = apply_plan(self.model, plan, self.data, self.profiled, seed=self.seed)
-        points = [self.point("original", self.model), self.point("refitted", smaller)]
+        points = [self.original, self.point("refitted", smaller)]
         if self.fine_tune_steps:
             teacher = self.model if self.distil else None
             fine_tune(
@@ -139,12 +145,11 @@ def restructure(
         raise RestructureError(
             f"{len(budget)} budgets are given", where=", ".join(budget), allowed=" or ".join(BUDGETS)
         )
-    if held_out is None and isinstance(data, Dataset) and len(data.split("val")):
-        held_out = data.split("val")
     if profiled is None:
-        profiled = profile(model, data.split("train") if isinstance(data, Dataset) else data, ("taylor",))
+        profiled = profile(model, train_part(data), ("taylor",))
     planner = Planner(model, slices, data, profiled, cap=cap)
-    job = _Job(model, data, profiled, held_out, seed, fine_tune_steps, learning_rate, distil)
+    judged = val_part(data) if held_out is None else held_out
+    job = _Job(model, data, profiled, judged, seed, fine_tune_steps, learning_rate, distil)
     if latency_ms is not None:
         found = job.build(_for_latency(planner, latency_ms))
     elif max_accuracy_drop is not None:
@@ -174,7 +179,7 @@ def _for_latency(planner: Planner, target: float) -> RestructurePlan:
 
 
 def measured_latency(model: nn.Module) -> float:
-    """Return the median milliseconds for a batch of LATENCY_BATCH blank images."""
+    """Return the median milliseconds for a batch of LATENCY_BATCH images."""
     return measure_latency(model, batch_sizes=(LATENCY_BATCH,)).median_ms[LATENCY_BATCH]
 
 
@@ -199,7 +204,7 @@ def _for_accuracy(planner: Planner, job: _Job, drop: float) -> Restructured:
         raise RestructureError("there are no held-out images to measure the accuracy on", fix="pass held_out")
     if not 0 <= drop < 1:
         raise RestructureError(f"max_accuracy_drop is {drop}", allowed="a share of 1, from 0 to below 1")
-    floor = (job.point("original", job.model).accuracy or 0.0) - drop
+    floor = (job.original.accuracy or 0.0) - drop
     built: dict[int, Restructured] = {}
 
     def good_enough(plan: RestructurePlan) -> bool:

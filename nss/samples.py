@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nss.data import Data, Dataset, iter_batches
+from nss.data import Data, Dataset, iter_batches, train_part, val_part
 
 # Of each class so much is held out, where that makes at least so many images in all: fewer say too little.
 HELD_OUT = 0.1
@@ -45,9 +45,9 @@ def parts(data: Data, seed: int) -> tuple[Samples, Samples]:
     A whole Dataset has splits for that, train and val; of anything else a tenth of each class is held out, drawn by the
     seed. The second part is empty when it would have fewer than 20 images.
     """
-    if isinstance(data, Dataset) and not data.part and len(data.split("val")) >= FEWEST:
-        return whole(data.split("train")), whole(data.split("val"))
-    samples = whole(data.split("train") if isinstance(data, Dataset) and not data.part else data)
+    samples, val = whole(train_part(data)), val_part(data)
+    if val is not None and len(val) >= FEWEST:
+        return samples, whole(val)
     held_out = drawn(samples.labels, HELD_OUT, seed)
     if int(held_out.sum()) < FEWEST:
         held_out = torch.zeros_like(held_out)
@@ -66,3 +66,16 @@ def drawn(labels: Tensor, share: float, seed: int) -> Tensor:
         own = order[labels[order] == label]
         chosen[own[: int(len(own) * share + 0.5)]] = True
     return chosen
+
+
+def rank_in_class(labels: Tensor) -> Tensor:
+    """Return how many of the same label come before each. labels: int64 [n]. Returns int64 [n].
+
+    >>> rank_in_class(torch.tensor([1, 0, 1, 1]))
+    tensor([0, 0, 1, 2])
+    """
+    rank = torch.zeros_like(labels)
+    for label in labels.unique().tolist():
+        own = labels == label
+        rank[own] = torch.arange(int(own.sum()))
+    return rank

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nss.data import Batch, Dataset
 from nss.errors import DataError
+from nss.samples import rank_in_class
 
 
 def first_of_each_class(data: Dataset, count: int) -> Dataset:
@@ -19,12 +20,7 @@ def first_of_each_class(data: Dataset, count: int) -> Dataset:
     """
     if count < 1:
         raise DataError(f"{count} images of each class are asked for", allowed="at least 1")
-    labels = data.labels
-    rank = torch.empty_like(labels)
-    for label in labels.unique():
-        own = labels == label
-        rank[own] = torch.arange(int(own.sum()))
-    return select(data, rank < count)
+    return select(data, rank_in_class(data.labels) < count)
 
 
 def shards(data: Dataset, count: int) -> tuple[Dataset, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx, nn
 
+from nss.coupling import lookup
 from nss.mask import ChannelMask
 from nss.model import device_of, network_of, shape_of, with_network
 from nss.sites import Coupled, Sites, find_sites
@@ -36,7 +37,7 @@ def mask_graph(sites: Sites, coupled: Coupled, network: nn.Module) -> fx.GraphMo
     device = device_of(network)
     masks: dict[fx.Node, ChannelMask] = {}
     for node, ids, dim in sites.anatomy.restless:
-        keep = torch.where(ids >= 0, coupled.ids[ids.clamp_min(0)], True)
+        keep = lookup(coupled.ids, ids, True)
         masks[node] = ChannelMask(keep.to(device), dim)
     for site in sites:
         masks[site.node] = ChannelMask(coupled.neurons[site.name].to(device), site.dim)

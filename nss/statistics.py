@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nss.model import device_of, evaluating
-
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+from nss.operations import CHANNEL_NORMS
 
 
 def retake_statistics(model: nn.Module, images: Tensor, batch_size: int = 250) -> None:
@@ -19,7 +18,9 @@ def retake_statistics(model: nn.Module, images: Tensor, batch_size: int = 250) -
 
     >>> nss.retake_statistics(model, data.split("train").images[:2000])
     """
-    norms = [module for module in model.modules() if isinstance(module, NORMS) and module.running_mean is not None]
+    norms = [
+        module for module in model.modules() if isinstance(module, CHANNEL_NORMS) and module.running_mean is not None
+    ]
     if not norms or len(images) < 2:
         return
     size = min(batch_size, len(images))

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nss.data import Data, Dataset, iter_batches
+from nss.data import Data, train_part
 from nss.errors import ModelError
+from nss.samples import rank_in_class, whole
 
 Schedule = torch.optim.lr_scheduler.LRScheduler
 
@@ -63,26 +64,17 @@ def step(
 
 
 def training_images(data: Data) -> tuple[Tensor, Tensor]:
-    """Return images and labels to train on, whole: of a Dataset its train split, of anything else all there is.
+    """Return images and labels to train on, whole: of a whole Dataset its train split, of anything else all there is.
 
     Raises ModelError when there are none.
     """
-    chosen = data.split("train") if isinstance(data, Dataset) else data
-    if isinstance(chosen, Dataset):
-        images, labels = chosen.images, chosen.labels
-    else:
-        rows = list(iter_batches(chosen, 1024))
-        images = torch.cat([batch for batch, _ in rows]) if rows else torch.zeros(0)
-        labels = torch.cat([target for _, target in rows]) if rows else torch.zeros(0)
-    if not len(images):
+    samples = whole(train_part(data))
+    if not samples:
         raise ModelError("there are no images to train on", fix="use data with a train split")
-    return images, labels
+    return samples.images, samples.labels
 
 
 def first_of_each(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the first `count` images of each category, in their order: no category outweighs another."""
-    rank = torch.zeros(len(labels), dtype=torch.int64)
-    for label in labels.unique().tolist():
-        own = (labels == label).nonzero()[:, 0]
-        rank[own] = torch.arange(len(own))
-    return images[rank < count], labels[rank < count]
+    chosen = rank_in_class(labels) < count
+    return images[chosen], labels[chosen]

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from nss.coupling import lookup
 from nss.errors import ModelError
 from nss.sites import Sites, find_sites
 from nss.weight_masks import apply_masks, release_masks
@@ -52,9 +53,9 @@ def cut(network: nn.Module, sites: Sites, kept: torch.Tensor) -> dict[str, torch
     for producer in sites.anatomy.producers:
         layer = cast(Layer, network.get_submodule(producer.module))
         if producer.module not in done:
-            _silence(layer, _lookup(sites.quiet(masked), producer.out_ids))
-            _unread(layer, _lookup(sites.zeros(masked), producer.in_ids))
-            stay_out, stay_in = (~_lookup(gone, ids) for ids in (producer.out_ids, producer.in_ids))
+            _silence(layer, lookup(sites.quiet(masked), producer.out_ids, False))
+            _unread(layer, lookup(sites.zeros(masked), producer.in_ids, False))
+            stay_out, stay_in = (~lookup(gone, ids, False) for ids in (producer.out_ids, producer.in_ids))
             if producer.module in masks:
                 masks[producer.module] = _cut_weight(masks[producer.module], layer, stay_out, stay_in)
             _cut_layer(layer, stay_out, stay_in)
@@ -62,15 +63,11 @@ def cut(network: nn.Module, sites: Sites, kept: torch.Tensor) -> dict[str, torch
     for scaler in sites.anatomy.scalers:
         if scaler.module not in done:
             norm = cast(nn.BatchNorm2d, network.get_submodule(scaler.module))
-            _silence(norm, _lookup(masked, scaler.ids))
-            _cut_scaler(norm, ~_lookup(gone, scaler.ids))
+            _silence(norm, lookup(masked, scaler.ids, False))
+            _cut_scaler(norm, ~lookup(gone, scaler.ids, False))
         done.add(scaler.module)
     apply_masks(network, masks)
     return {site.name: ~gone[site.ids] for site in sites}
-
-
-def _lookup(flags: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    return torch.where(ids >= 0, flags[ids.clamp_min(0)], False)
 
 
 def _silence(layer: Layer | nn.BatchNorm2d, rows: torch.Tensor) -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nss.anatomy import NONE
+from nss.coupling import lookup
 from nss.sites import Sites
-
-NONE = -1
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Units:
 
         kept: bool [units]. Returns bool [channels of the anatomy].
         """
-        return torch.where(self.of >= 0, kept[self.of.clamp_min(0)], True)
+        return lookup(kept, self.of, True)
 
     def kept(self, neurons: Mapping[str, Tensor], sites: Sites) -> Tensor:
         """Return the units that a choice of neurons keeps: those with any kept neuron. Returns bool [units]."""

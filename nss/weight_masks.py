@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nss.errors import NssError
+from nss.operations import LAYERS
 
-PRUNABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 MASK = "weight_mask"
 
 
@@ -63,7 +63,7 @@ def count_prunable(model: nn.Module) -> int:
     >>> nss.count_prunable(torch.nn.Linear(3, 2))
     6
     """
-    return sum(module.weight.numel() for module in model.modules() if isinstance(module, PRUNABLE))
+    return sum(module.weight.numel() for module in model.modules() if isinstance(module, LAYERS))
 
 
 def without_masks(model: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from mlflow.entities import Run
@@ -20,6 +20,9 @@ from tasks.pipeline import StageKey
 from tasks.provenance import data_md5, provenance_tags
 from tasks.tracking import Tracker
 from tasks.workspace import Workspace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _CONTEXT = {
     "base": "training",
@@ -138,34 +141,42 @@ def _log_restructure(tracker: Tracker, run: Run, workspace: Workspace, key: Stag
     folder, run_id = workspace.out("restructure"), run.info.run_id
     if not (folder / "model").exists():
         return  # restructure.when is never
-    from nss.latency import measure_latency
-    from nss.model import load_model
+    kept = {row["layer"]: int(row["kept"]) for row in _table(folder / "kept.csv")}
+    change = {row["class"]: (float(row["before"]), float(row["after"])) for row in _table(folder / "change.csv")}
+    changes = {f"class_change/{name}": after - before for name, (before, after) in change.items()}
+    tracker.log(run, metrics={**{f"kept/{name}": count for name, count in kept.items()}, **changes})
+    for name, figure in _restructure_pictures(folder, kept, change).items():
+        tracker.client.log_figure(run_id, figure, name)
+    tracker.log(run, metrics=_sizes_on_disk_and_in_time(workspace))
+    tracker.log_model(run_id, "restructured", folder / "model", {"stage_key": key.digest})
+
+
+def _restructure_pictures(
+    folder: Path, kept: dict[str, int], change: dict[str, tuple[float, float]]
+) -> dict[str, Figure]:
     from tasks import pictures
 
-    kept = _table(folder / "kept.csv")
-    curve = [_floats(row) for row in _table(folder / "curve.csv")]
-    change = _table(folder / "change.csv")
-    before, after = ({row["class"]: float(row[name]) for row in change} for name in ("before", "after"))
-    drawn = {
-        "kept_neurons.png": pictures.kept_neurons(
-            {"restructured": {row["layer"]: int(row["kept"]) for row in kept}},
-            {row["layer"]: int(row["total"]) for row in kept},
-        ),
-    }
-    if change:
-        chosen = min(curve, key=lambda row: abs(row["macs"] - read_json(folder / "metrics.json")["macs_kept"]))
-        drawn["size_curve.png"] = pictures.size_curve(curve, chosen["model"])
-        drawn["class_change.png"] = pictures.class_change(before, after)
-    for name, figure in drawn.items():
-        tracker.client.log_figure(run_id, figure, name)
-    tracker.log(run, metrics={f"class_change/{name}": after[name] - before[name] for name in before})
-    tracker.log(run, metrics={f"kept/{row['layer']}": int(row["kept"]) for row in kept})
-    # Measured here and not in the stage: a duration is another one each time, and outputs are not.
-    for name, path in {"": folder / "model", "original_": workspace.out("base") / "model"}.items():
-        latency = measure_latency(load_model(path, workspace.packages))
-        tracker.log(run, metrics={f"{name}latency_ms_{size}": latency.median_ms[size] for size in latency.median_ms})
-        tracker.log(run, metrics={f"{name}bytes": (path / "model.safetensors").stat().st_size})
-    tracker.log_model(run_id, "restructured", folder / "model", {"stage_key": key.digest})
+    total = {row["layer"]: int(row["total"]) for row in _table(folder / "kept.csv")}
+    drawn = {"kept_neurons.png": pictures.kept_neurons({"restructured": kept}, total)}
+    if change:  # there is a validation split
+        curve = [(float(row["macs"]), float(row["accuracy"])) for row in _table(folder / "curve.csv")]
+        drawn["size_curve.png"] = pictures.size_curve(curve, read_json(folder / "metrics.json")["macs_kept"])
+        drawn["class_change.png"] = pictures.class_change(change)
+    return drawn
+
+
+def _sizes_on_disk_and_in_time(workspace: Workspace) -> dict[str, float]:
+    """Measured here and not in the stage: a duration is another one each time, and outputs are not."""
+    from nss.latency import random_pixels, time_calls
+    from nss.model import load_model
+
+    folders = {"original_": workspace.out("base") / "model", "": workspace.out("restructure") / "model"}
+    models = {name: load_model(folder, workspace.packages) for name, folder in folders.items()}
+    latencies = time_calls(models, random_pixels(64, models[""].spec.input_shape))
+    found = {f"{name}bytes": (folder / "model.safetensors").stat().st_size for name, folder in folders.items()}
+    for name, latency in latencies.items():
+        found |= {f"{name}latency_ms_{size}": each for size, each in latency.median_ms.items()}
+    return found
 
 
 def _log_evaluate(tracker: Tracker, run: Run, workspace: Workspace, key: StageKey) -> None:
@@ -189,10 +200,6 @@ _DETAILS = {"base": _log_base, "slice": _log_slice, "restructure": _log_restruct
 def _table(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-def _floats(row: dict[str, str]) -> dict[str, Any]:
-    return {name: value if name == "model" else float(value or "nan") for name, value in row.items()}
 
 
 def _numbers(content: dict[str, Any]) -> dict[str, float]:

@@ -150,18 +150,16 @@ def class_accuracy(accuracy: Mapping[str, float], overall: float) -> Figure:
     return figure
 
 
-def size_curve(rows: Sequence[Mapping[str, float]], chosen: str) -> Figure:
+def size_curve(points: Sequence[tuple[float, float]], chosen: float) -> Figure:
     """Draw accuracy over the share of multiply-adds that is left; the chosen model is marked.
 
-    rows: with model, macs and accuracy, in order of size.
+    points: (share, accuracy), in order of size; chosen: the share of one of them.
     """
     figure, axes = _figure(6.0, 3.6)
-    shares, accuracies = ([row[name] for row in rows] for name in ("macs", "accuracy"))
-    axes.plot(shares, accuracies, marker=".", color=_DARK)
-    for row in rows:
-        if row["model"] == chosen:
-            axes.plot(row["macs"], row["accuracy"], marker="o", color="#1f6fb4", markersize=9)
-            axes.set_title(f"{row['accuracy']:.1%} at {row['macs']:.0%} of the multiply-adds", loc="left")
+    axes.plot([share for share, _ in points], [accuracy for _, accuracy in points], marker=".", color=_DARK)
+    accuracy = dict(points)[chosen]
+    axes.plot(chosen, accuracy, marker="o", color="#1f6fb4", markersize=9)
+    axes.set_title(f"{accuracy:.1%} at {chosen:.0%} of the multiply-adds", loc="left")
     axes.set_xlim(0, 1.05)
     axes.set_xlabel("share of the multiply-adds")
     axes.set_ylabel("accuracy on validation")
@@ -169,17 +167,20 @@ def size_curve(rows: Sequence[Mapping[str, float]], chosen: str) -> Figure:
     return figure
 
 
-def class_change(before: Mapping[str, float], after: Mapping[str, float]) -> Figure:
-    """Draw what each class gained or lost, the worst loss on top; losses are red. Accuracies are shares of 1."""
-    rows = sorted(((after[name] - before[name], name) for name in before), key=lambda row: row[0])
+def class_change(change: Mapping[str, tuple[float, float]]) -> Figure:
+    """Draw what each class gained or lost, the worst loss on top; losses are red.
+
+    change: {class: accuracy before and after}, shares of 1.
+    """
+    rows = sorted(((after - before, name) for name, (before, after) in change.items()), key=lambda row: row[0])
     figure, axes = _figure(6.5, max(2.4, 0.24 * len(rows) + 1.2))
-    colours = [_BAD if change < 0 else "#1f6fb4" for change, _ in rows]
-    axes.barh(range(len(rows)), [100 * change for change, _ in rows], color=colours, height=0.7)
+    colours = [_BAD if points < 0 else "#1f6fb4" for points, _ in rows]
+    axes.barh(range(len(rows)), [100 * points for points, _ in rows], color=colours, height=0.7)
     axes.axvline(0, color=_DARK, linewidth=1)
     axes.set_yticks(range(len(rows)), [name for _, name in rows], fontsize=_label_size(len(rows)))
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("change of accuracy, points")
-    axes.set_title(f"most lost: {rows[0][1]} {100 * rows[0][0]:+.1f} points", loc="left")
+    axes.set_title(f"worst change: {rows[0][1]} {100 * rows[0][0]:+.1f} points", loc="left")
     _bare(axes, "top", "right")
     return figure
 

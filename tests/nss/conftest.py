@@ -28,3 +28,7 @@ def networks() -> ModuleType:
     both = ModuleType("networks")
     vars(both).update(vars(_load("tiny_networks", "networks.py")) | vars(_load("tiny_samples", "samples.py")))
     return both
+
+
+# For helpers that tests import by name.
+_load("tiny_helpers", "helpers.py")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_helpers import Joined
 from torch import Tensor, nn
 
 from nss.allocate import find_path, kept_units
@@ -240,21 +241,6 @@ def test_the_first_units_of_each_order_are_kept_with_all_that_cannot_leave() -> 
     errors = [torch.zeros(1).double(), torch.tensor([3.0, 2.0, 1.0, 0.0]).double()]
     path = find_path(units, orders, errors, cost_model(network, sites, RGB).macs, 0.9)
     assert path.counts == ((0, 3), (0, 2), (0, 1))
-
-
-class Joined(nn.Module):
-    """Two layers side by side, added to a third: a group of eight units, four of each of the first two."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left = nn.Conv2d(3, 4, 1)
-        self.right = nn.Conv2d(3, 4, 1)
-        self.both = nn.Conv2d(3, 8, 1)
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.cat([self.left(x), self.right(x)], 1) + self.both(x)
-        return self.head(F.relu(x).mean((2, 3)))
 
 
 @pytest.mark.parametrize("cap", [0.5, 0.75, 0.9])

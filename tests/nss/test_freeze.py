@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nss.errors import SiteError
+from nss.errors import ModelError, SiteError
 from nss.freeze import freeze, head_of, thaw
 from nss.model import load_model, model_digest, network_of, save_model
 from nss.prune_weights import prune_weights
@@ -335,3 +335,11 @@ def test_a_copy_can_be_frozen_moved_and_copied_again(networks: ModuleType) -> No
 def test_wrong_masks_are_refused(networks: ModuleType, free: Masks, message: str) -> None:
     with pytest.raises(SiteError, match=message):
         freeze(networks.zoo_model("lenet"), free)
+
+
+def test_a_frozen_copy_is_not_kept_in_a_folder(networks: ModuleType, tmp_path: Path) -> None:
+    frozen = freeze(networks.zoo_model("lenet"), {"conv1": torch.arange(16) < 4})
+    with pytest.raises(ModelError, match="frozen") as caught:
+        save_model(frozen, tmp_path / "frozen")
+    assert caught.value.fix == "save nss.thaw(model) instead"
+    assert list(tmp_path.iterdir()) == []

@@ -86,19 +86,42 @@ def test_importance_counts_outputs_in_what_the_norm_makes_of_them(networks: Modu
     torch.testing.assert_close(found["2"].importance, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_the_scale_behind_a_layer_is_positive_and_one_without_a_norm(networks: ModuleType) -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 2, 1)).eval()
-    network[1].running_var.copy_(torch.tensor([1.0, 4.0, 0.25, 0.0]))
-    sites = find_sites(nn.Sequential(*network, nn.Flatten(), nn.Linear(72, 4)), RGB)
-    first, second = (producer.out_ids for producer in sites.anatomy.producers[:2])
-    shifted = [1 / math.sqrt(each + 1e-5) for each in (1, 4, 0.25, 0)]
-    assert output_scale(network, sites, first).tolist() == pytest.approx(shifted)
-    assert output_scale(network, sites, second).tolist() == [1, 1]
-    network[1] = nn.BatchNorm2d(4)
+def scales(*layers: nn.Module) -> list[list[float]]:
+    """What `output_scale` says of each layer with weights."""
+    anatomy = find_sites(nn.Sequential(*layers).eval(), RGB).anatomy
+    return [output_scale(producer, anatomy.graph).tolist() for producer in anatomy.producers]
+
+
+def test_the_scale_behind_a_layer_is_its_norms_with_its_sign_and_one_without_a_norm() -> None:
+    plain = nn.BatchNorm2d(4, affine=False)
+    plain.running_var.copy_(torch.tensor([1.0, 4.0, 0.25, 0.0]))
+    rest = nn.Conv2d(4, 2, 1), nn.Flatten(), nn.Linear(72, 4)
+    first, second, head = scales(nn.Conv2d(3, 4, 1), plain, *rest)
+    assert first == pytest.approx([1 / math.sqrt(each + 1e-5) for each in (1, 4, 0.25, 0)])
+    assert (second, head) == ([1, 1], [1, 1, 1, 1])
+    norm = nn.BatchNorm2d(4)
     with torch.no_grad():
-        network[1].weight.copy_(torch.tensor([2.0, -3.0, 0.0, 1.0]))
-    found = output_scale(network, sites, first) * math.sqrt(1 + 1e-5)
-    assert found.tolist() == pytest.approx([2, 3, 0, 1])
+        norm.weight.copy_(torch.tensor([2.0, -3.0, 0.0, 1.0]))
+    first, *_ = scales(nn.Conv2d(3, 4, 1), norm, *rest)
+    assert first == pytest.approx([each / math.sqrt(1 + 1e-5) for each in (2, -3, 0, 1)])
+
+
+class NormBehindSum(nn.Module):
+    """A norm that reads what two layers make together is neither one's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+        nn.init.constant_(self.norm.weight, 5.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.left(x) + self.right(x)))
+
+
+def test_a_norm_behind_a_sum_is_nobodys_scale() -> None:
+    left, right, _ = scales(NormBehindSum(), nn.Flatten(), nn.Linear(144, 4))
+    assert left == right == [1, 1, 1, 1]
 
 
 def test_weights_of_a_grouped_convolution_are_spread_with_zeros_over_what_it_does_not_read() -> None:

@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 from hypothesis import strategies as st
+from tiny_helpers import kept, network_of_shapes
 from torch import Tensor, nn
 
 from nss.errors import PruneError
@@ -15,7 +16,7 @@ from nss.finetune import fine_tune
 from nss.model import Classifier, build_model, model_digest
 from nss.prune_weights import prune_weights, prune_weights_iteratively
 from nss.size import count_parameters
-from nss.weight_masks import count_masked, count_prunable, weight_masks
+from nss.weight_masks import count_masked, count_prunable
 
 METHODS = ("lamp", "global", "uniform+", "erk")
 shapes = st.lists(
@@ -26,25 +27,6 @@ shapes = st.lists(
     min_size=1,
     max_size=5,
 )
-
-
-def network_of_shapes(sizes: list[tuple[int, ...]], seed: int) -> nn.Sequential:
-    """Layers with weights of these shapes; it is never run."""
-    generator = torch.Generator().manual_seed(seed)
-    layers = [nn.Linear(s[1], s[0]) if len(s) == 2 else nn.Conv2d(s[1], s[0], (s[2], s[3])) for s in sizes]
-    with torch.no_grad():
-        for index, layer in enumerate(layers):
-            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * 3.0 ** -(index % 3))
-    return nn.Sequential(*layers)
-
-
-def kept(model: nn.Module) -> list[list[bool]]:
-    masks = weight_masks(model)
-    return [
-        masks[name].flatten().tolist() if name in masks else [True] * layer.weight.numel()
-        for name, layer in model.named_modules()
-        if isinstance(layer, (nn.Conv2d, nn.Linear))
-    ]
 
 
 def small_lenet() -> Classifier:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_helpers import counts, kept, network_of_shapes
 from torch import nn
 
 from nss.errors import PruneError
@@ -27,16 +28,6 @@ shapes = st.lists(
 )
 
 
-def network_of_shapes(sizes: list[tuple[int, ...]], seed: int) -> nn.Sequential:
-    """Layers with weights of these shapes; it is never run."""
-    generator = torch.Generator().manual_seed(seed)
-    layers = [nn.Linear(s[1], s[0]) if len(s) == 2 else nn.Conv2d(s[1], s[0], (s[2], s[3])) for s in sizes]
-    with torch.no_grad():
-        for index, layer in enumerate(layers):
-            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * 3.0 ** -(index % 3))
-    return nn.Sequential(*layers)
-
-
 def of_rows(*rows: list[float]) -> nn.Sequential:
     """Linear layers with one output each."""
     layers = [nn.Linear(len(row), 1) for row in rows]
@@ -44,19 +35,6 @@ def of_rows(*rows: list[float]) -> nn.Sequential:
         for layer, row in zip(layers, rows, strict=True):
             layer.weight.copy_(torch.tensor([row]))
     return nn.Sequential(*layers)
-
-
-def kept(model: nn.Module) -> list[list[bool]]:
-    masks = weight_masks(model)
-    return [
-        masks[name].flatten().tolist() if name in masks else [True] * layer.weight.numel()
-        for name, layer in model.named_modules()
-        if isinstance(layer, (nn.Conv2d, nn.Linear))
-    ]
-
-
-def counts(model: nn.Module) -> list[int]:
-    return [sum(row) for row in kept(model)]
 
 
 def naive_lamp(row: list[float]) -> list[float]:

@@ -8,46 +8,10 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_helpers import classifier, correlated, cut, error, first
 from torch import Tensor, nn
 
-from nss.model import Classifier, ModelSpec
 from nss.refit import RIDGE, refit
-from nss.remove import remove
-from nss.sites import find_sites
-
-RGB = (3, 6, 6)
-
-
-def classifier(network: nn.Module, shape: tuple[int, int, int] = RGB) -> Classifier:
-    """The network reads images as they are, in float64, in evaluation mode."""
-    spec = ModelSpec("tiny:network", ("a", "b", "c", "d"), shape, (0.0,) * shape[0], (1.0,) * shape[0])
-    return Classifier(network, spec).double().eval()
-
-
-def correlated(count: int, shape: tuple[int, ...] = RGB, seed: int = 0, rank: int = 12) -> Tensor:
-    """Images of few degrees of freedom, as real ones are, and not of mean zero."""
-    generator = torch.Generator().manual_seed(seed)
-    size = int(torch.tensor(shape).prod())
-    mixed = torch.randn(count, rank, generator=generator) @ torch.randn(rank, size, generator=generator) / rank**0.5
-    return (mixed + 0.4).view(count, *shape).double()
-
-
-def cut(model: Classifier, neurons: dict[str, Tensor]) -> tuple[Classifier, dict[str, Tensor]]:
-    """Returns the smaller model and which outputs of each call of a layer are left."""
-    sites = find_sites(model.network, model.spec.input_shape)
-    stay = sites.couple(neurons).ids
-    smaller = remove(model, neurons)
-    assert isinstance(smaller, Classifier)
-    return smaller, {each.name: stay[each.out_ids] for each in sites.anatomy.producers}
-
-
-def first(count: int, of: int) -> Tensor:
-    return torch.arange(of) < count
-
-
-def error(model: nn.Module, other: nn.Module, images: Tensor) -> float:
-    with torch.no_grad():
-        return float((model(images) - other(images)).square().mean())
 
 
 def rows_read(x: Tensor, layer: nn.Module) -> Tensor:

@@ -236,3 +236,11 @@ def test_masked_weights_are_refused_before_they_would_be_lost(
     masked = nss.prune_weights(trained, "lamp", 0.5)
     with pytest.raises(RestructureError, match="masked"):
         nss.restructure(masked, slices, digits, profiled, macs=0.5)
+
+
+def test_the_smallest_share_that_is_named_can_be_had(planner: nss.Planner) -> None:
+    sizes = planner.path("macs").sizes
+    assert planner.plan(macs=planner.least).macs == sizes[-1]
+    # 7 / 25 * 25 is 7.000000000000001: a whole number of multiply-adds must not be missed by that.
+    for size in (sizes[1], sizes[len(sizes) // 2]):
+        assert planner.plan(macs=size / sizes[0]).macs <= size

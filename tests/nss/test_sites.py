@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import pytest
@@ -241,3 +242,33 @@ def test_classes_join_and_their_smallest_member_stands_for_them() -> None:
     assert twin.roots().tolist() == [0, 0, 0, 3, 0, 3]
     flags = torch.tensor([False, False, True, False, False, False])
     assert any_in_class(flags, classes.roots()).tolist() == [False, True, True, False, True, False]
+
+
+class Waiting(nn.Module):
+    """While it is traced, another thread runs another network."""
+
+    def __init__(self, other: nn.Module) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3)
+        self.head = nn.Linear(2, 2)
+        vars(self)["other"] = other
+        self.answers: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            self.answers.append(pool.submit(self.other, torch.ones(1, 3)).result())
+        return self.head(self.conv(x).relu().mean((2, 3)))
+
+
+def test_a_thread_runs_its_network_while_another_traces() -> None:
+    other = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    network = Waiting(other)
+    assert [site.name for site in find_sites(network, (1, 5, 5))] == ["conv"]
+    assert torch.equal(network.answers[0], other(torch.ones(1, 3)))
+
+
+def test_many_threads_trace_at_once() -> None:
+    with ThreadPoolExecutor(8) as pool:
+        networks = [nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2)) for _ in range(32)]
+        found = list(pool.map(lambda network: [site.name for site in find_sites(network, (1, 5, 5))], networks))
+    assert found == [["0"]] * 32

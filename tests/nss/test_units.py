@@ -8,29 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from tiny_helpers import RGB, Joined
 from torch import Tensor, nn
 
 from nss.errors import SiteError
 from nss.remove import plan_removal
 from nss.sites import Sites, find_sites
 from nss.units import Group, Units, find_units
-
-RGB = (3, 6, 6)
-
-
-class Joined(nn.Module):
-    """Two layers side by side, added to a third: eight units, four of them in each of the first two."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left = nn.Conv2d(3, 4, 1)
-        self.right = nn.Conv2d(3, 4, 1)
-        self.both = nn.Conv2d(3, 8, 1)
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.cat([self.left(x), self.right(x)], 1) + self.both(x)
-        return self.head(F.relu(x).mean((2, 3)))
 
 
 class Halves(nn.Module):

@@ -135,3 +135,25 @@ def test_a_single_category_has_a_tree_without_branches() -> None:
     figure = pictures.dendrogram(np.zeros((0, 4)), ["only"], {"slice-0": ["only"]})
     assert texts(figure.axes[0].get_yticklabels()) == ["only"]
     assert not figure.axes[0].get_lines()
+
+
+def test_the_size_curve_marks_the_chosen_model() -> None:
+    figure = pictures.size_curve([(0.25, 0.9), (0.5, 0.96), (1.0, 0.97)], 0.5)
+    (axes,) = figure.axes
+    curve, mark = axes.get_lines()
+    assert list(curve.get_xydata().ravel()) == [0.25, 0.9, 0.5, 0.96, 1.0, 0.97]
+    assert list(mark.get_xydata().ravel()) == [0.5, 0.96]
+    assert axes.get_title(loc="left") == "96.0% at 50% of the multiply-adds"
+    renders(figure)
+
+
+def test_the_change_of_classes_has_the_worst_loss_on_top_and_losses_in_red() -> None:
+    figure = pictures.class_change({"cat": (0.9, 0.95), "car": (0.8, 0.7), "dog": (0.5, 0.5)})
+    (axes,) = figure.axes
+    assert texts(axes.get_yticklabels()) == ["car", "dog", "cat"]
+    assert axes.get_ylim() == (2.5, -0.5)
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([-10, 0, 5])
+    red, grey, _ = (bar.get_facecolor() for bar in axes.patches)
+    assert red != grey
+    assert axes.get_title(loc="left") == "worst change: car -10.0 points"
+    renders(figure)
