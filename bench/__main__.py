@@ -17,6 +17,7 @@ BENCHES = {
     "rq1": (["fashion-mnist"], ["nss.zoo:vgg_small", "nss.zoo:resnet20"]),
     "restructure": (["fashion-mnist"], ["nss.zoo:vgg_small", "nss.zoo:resnet20"]),
     "rq2": (["fashion-mnist", "cifar10"], ["nss.zoo:vgg_small", "nss.zoo:resnet20"]),
+    "rq3": (["fashion-mnist"], ["nss.zoo:vgg_small", "nss.zoo:resnet20"]),
 }
 
 

@@ -35,7 +35,8 @@ class StageReport:
     outcome: Outcome
     seconds: float
     run_id: str
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
+    """what could not be measured is None"""
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class _Cycle:
         """Log what the stages came to, and link their runs."""
         tags = {f"nss.stage.{each.stage}.run_id": each.run_id for each in stages}
         tags |= {f"nss.stage.{each.stage}.outcome": each.outcome for each in stages}
-        metrics = {f"{each.stage}/{name}": value for each in stages for name, value in each.metrics.items()}
+        metrics = figures_of(stages)
 
         def log(tracker: Tracker) -> str:
             tracker.log(tracker.client.get_run(self.run_id), metrics=metrics, tags=tags)
@@ -165,6 +166,16 @@ class _Cycle:
                 sys.stderr.write(f"warning: not logged to MLflow ({reason}); the next `nss run` makes up for it\n")
             self.is_silent, self.tracker = True, None
             return ""
+
+
+def figures_of(stages: tuple[StageReport, ...]) -> dict[str, float]:
+    """Return the figures of all stages under one name each; those that could not be measured are left out.
+
+    >>> figures_of((StageReport("base", "cached", 0.1, "", {"loss": 0.2, "val_accuracy": None}),))
+    {'base/loss': 0.2}
+    """
+    figures = {f"{each.stage}/{name}": value for each in stages for name, value in each.metrics.items()}
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 @contextmanager

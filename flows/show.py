@@ -18,6 +18,7 @@ _KEY_METRIC = {
     "profile": ("neurons", "{} neurons"),
     "slice": ("slices", "{} slices"),
     "restructure": ("macs_kept", "{:.0%} of the multiply-adds"),
+    "readapt": ("new_accuracy", "new images {:.1%}"),
     "evaluate": ("accuracy", "accuracy {:.1%}"),
 }
 
@@ -29,7 +30,8 @@ def stage_line(stage: StageReport) -> str:
     'slice      Cached     0.1 s  4 slices'
     """
     name, text = _KEY_METRIC.get(stage.stage, ("", ""))
-    figure = text.format(stage.metrics[name]) if name in stage.metrics else ""
+    value = stage.metrics.get(name)
+    figure = "nothing to do" if stage.metrics.get("done") == 0 else "" if value is None else text.format(value)
     return f"{stage.stage:<11} {stage.outcome.capitalize():<9} {stage.seconds:6.1f} s  {figure}".rstrip()
 
 
@@ -37,14 +39,17 @@ def summary(report: CycleReport, workspace: Workspace, *, is_temporary: bool) ->
     """What came out of a cycle and where to look. is_temporary: whether Prefect's server has ended with the run."""
     scores = read_json(workspace.out("evaluate") / "evaluation.json")
     model, slices = scores["model"], scores["slices"]
+    figures = read_json(workspace.out("evaluate") / "metrics.json")
     sizes = read_json(workspace.out("restructure") / "metrics.json")
+    tuned = read_json(workspace.out("readapt") / "metrics.json")
     lines = [
         "",
         f"accuracy    {model['accuracy']:.2%} on {model['images']} held-out images",
         f"worst class {model['worst_class']} {model['worst_accuracy']:.2%}",
         f"slices      {len(slices['slices'])}, told no category {slices['vote_accuracy']:.2%}",
         *(_slice_line(each) for each in slices["slices"]),
-        *_size_lines(sizes, read_json(workspace.out("evaluate") / "metrics.json")),
+        *_size_lines(sizes, figures),
+        *_following_lines(tuned, figures),
         "",
         "MLflow runs",
         f"  {'cycle':<11} {report.run_id or 'not logged'}",
@@ -61,6 +66,15 @@ def _size_lines(sizes: dict[str, Any], scores: dict[str, Any]) -> list[str]:
         return []
     shares = f"{sizes['macs_kept']:.0%} of the multiply-adds, {sizes['parameters_kept']:.0%} of the weights"
     return [f"smaller     {scores['restructured_accuracy']:.2%} with {shares}"]
+
+
+def _following_lines(tuned: dict[str, Any], scores: dict[str, Any]) -> list[str]:
+    if not tuned["done"]:
+        return []
+    words = [f"old images {scores['accuracy']:.2%} -> {scores['readapted_accuracy']:.2%}"]
+    if "new_accuracy" in scores:
+        words.insert(0, f"new images {scores['new_accuracy']:.2%} -> {scores['readapted_new_accuracy']:.2%}")
+    return [f"readapted   {', '.join(words)}, {tuned['moved_share']:.0%} of the weights moved"]
 
 
 def _slice_line(each: dict[str, Any]) -> str:

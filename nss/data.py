@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -132,7 +132,26 @@ class Dataset:
             raise DataError(f"{name!r} is no split", allowed=", ".join(SPLITS), fix="name one of them")
         if self.part:
             raise DataError(f"this is already the {self.part} split", fix="call split() on the whole data set")
-        return Dataset(self.classes, self.image_shape, tuple(batch.part(name) for batch in self.batches), name)
+        return replace(self, batches=tuple(batch.part(name) for batch in self.batches), part=name)
+
+    def known_and_new(self, digests: Iterable[str]) -> tuple[Dataset, Dataset]:
+        """Return views of the batches with these digests and of all others; a digest of no batch raises DataError."""
+        known = set(digests)
+        if missing := sorted(known - {batch.digest for batch in self.batches}):
+            raise DataError("the data set lacks batches that are known", missing, fix=_RESTORE)
+        parts = ([batch for batch in self.batches if (batch.digest in known) is side] for side in (True, False))
+        old, new = (replace(self, batches=tuple(part)) for part in parts)
+        return old, new
+
+    def of_classes(self, classes: Sequence[str]) -> Dataset:
+        """Return a view of the images of these classes; they must be the first of the data set, else DataError."""
+        names = tuple(classes)
+        if names != self.classes[: len(names)]:
+            raise DataError(f"the classes {list(names)} are not the first", allowed=f"{list(self.classes)}, in order")
+        if names == self.classes:
+            return self
+        batches = tuple(batch.pick(batch.labels < len(names)) for batch in self.batches)
+        return replace(self, classes=names, batches=batches)
 
     def pixel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and standard deviation (of the population) of each channel, pixels scaled to 0..1.

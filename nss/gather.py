@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,9 @@ from nss.deeplift import Way, rescaling
 from nss.errors import ProfileError
 from nss.functional import without_inplace
 from nss.sites import Site, Sites
+from nss.surgery import Layer
 from nss.taps import Tap, with_modules
+from nss.windows import chosen_by_content, correlations, positions_of, together
 
 
 @dataclass(frozen=True)
@@ -28,14 +31,26 @@ class Reader:
     """names of the channels in the anatomy, int64 [channels]"""
 
 
+@dataclass(frozen=True)
+class Window:
+    """A layer with weights, for what its window sees together."""
+
+    name: str
+    node: fx.Node
+    layer: Layer
+    channels: int
+
+
 class Gatherer:
     """Adds up what each neuron contributes to each category.
 
     `sums` {sum: {layer: float64 [classes, neurons]}}, `grams` {reader: float64 [channels, channels]}, `positions`
-    {reader: number of positions that were added up}, `counts` int64 [classes], `reads` {site: (reader, places)}.
+    {reader: number of positions that were added up}, `counts` int64 [classes], `reads` {site: (reader, places)};
+    `windows` {layer: float64 [lags, groups, channels + 1, channels + 1]} of one image in so many, `window_positions`
+    {layer: number of positions that were added up}.
     """
 
-    def __init__(self, sites: Sites, sums: Sequence[str], classes: int, *, gram: bool) -> None:
+    def __init__(self, sites: Sites, sums: Sequence[str], classes: int, *, gram: bool, windows: int = 0) -> None:
         graph = without_inplace(sites.anatomy.graph)
         by_name = {node.name: node for node in graph.graph.nodes}
         self._way = Way()
@@ -49,8 +64,13 @@ class Gatherer:
         }
         self.positions = dict.fromkeys(self.grams, 0)
         self.reads = _reads(sites, self._readers)
+        self._one_in, self._windows = windows, list(_windows(sites)) if windows else []
+        self.windows: dict[str, Tensor] = {}
+        self.window_positions = {window.name: 0 for window in self._windows}
         self._seen: dict[str, Tensor] = {}
-        nodes = dict.fromkeys([site.node.name for site in self._sites] + [each.node.name for each in self._readers])
+        watched: list[fx.Node] = [site.node for site in sites]
+        watched += [*(each.node for each in self._readers), *(each.node for each in self._windows)]
+        nodes = dict.fromkeys(node.name for node in watched)
         tapped = with_modules(graph, {by_name[name]: Tap(self._keeper(name)) for name in nodes}, "tap")
         self._graph = rescaling(tapped, self._way) if "deeplift" in sums else tapped
 
@@ -86,6 +106,7 @@ class Gatherer:
             self._contribute("deeplift", activations, logit, labels, keep_graph=False)
         self._add_levels(activations, labels)
         self._add_grams(len(labels))
+        self._add_windows(inputs)
         self.counts += torch.bincount(labels, minlength=len(self.counts))
         self._seen.clear()
 
@@ -121,6 +142,14 @@ class Gatherer:
             self.grams[reader.name] += (rows @ rows.T).cpu()
             self.positions[reader.name] += rows.shape[1]
 
+    def _add_windows(self, inputs: Tensor) -> None:
+        chosen = chosen_by_content(inputs, self._one_in) if self._windows else torch.zeros(0, dtype=torch.bool)
+        for window in self._windows if bool(chosen.any()) else ():
+            x = self._seen[window.node.name].detach()[: len(inputs)][chosen.to(inputs.device)]
+            added = correlations(x, window.layer, window.channels)
+            self.windows[window.name] = added + self.windows.get(window.name, 0)
+            self.window_positions[window.name] += positions_of(x, window.layer, window.channels)
+
 
 def _products(activation: Tensor, base: Tensor | None, multiplier: Tensor, site: Site) -> Tensor:
     """Sum (activation - base) * multiplier over the map. Returns float64 [n, neurons]."""
@@ -152,6 +181,14 @@ def readers(sites: Sites) -> Iterator[Reader]:
         ids = producer.in_ids
         if bool((ids >= 0).any()) and bool(own[ids.clamp_min(0)].any()) and not _depthwise(producer, sites):
             yield _reader(producer)
+
+
+def _windows(sites: Sites) -> Iterator[Window]:
+    """Yield every layer with weights, the node that feeds it, and how many channels are taken together."""
+    for producer in sites.anatomy.producers:
+        layer = cast(Layer, sites.anatomy.graph.get_submodule(producer.module))
+        reader = _reader(producer)
+        yield Window(producer.name, reader.node, layer, together(layer, len(reader.ids)))
 
 
 def _depthwise(producer: Producer, sites: Sites) -> bool:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from nss.anatomy import Anatomy
 from nss.model import network_of
 from nss.profile import Profile
 from nss.rows import FreeRows
+from nss.surgery import Layer
+from nss.windows import window_moment
 
 
 @dataclass(frozen=True)
@@ -20,30 +23,24 @@ class _Term:
     """One layer: its free rows now and at the start, and the second moment of what each of them reads."""
 
     now: Callable[[], tuple[Tensor | None, Tensor | None]]
-    weight: Tensor
-    bias: Tensor | None
-    moment: Tensor | None
-    """[channels, channels], or [rows, channels, channels] where each row reads channels of its own; None: ones"""
+    start: Tensor
+    moment: Tensor
+    """[inputs + 1, inputs + 1], or [rows, inputs + 1, inputs + 1] where each row reads channels of its own"""
     outputs: int
 
     def change(self) -> Tensor:
         """Return the mean over all outputs of the squared change on old inputs."""
-        weight, bias = self.now()
-        moved = cast(Tensor, weight) - self.weight
-        read = moved[0].shape[0] if self.moment is None else self.moment.shape[-1]
-        moved = moved.reshape(len(moved), read, -1).transpose(1, 2)  # [rows, positions, channels]
-        total = (moved.square() if self.moment is None else (moved @ self.moment) * moved).sum()
-        if bias is not None:
-            total = total + (bias - cast(Tensor, self.bias)).square().sum()
-        return total / self.outputs
+        moved = _rows(self.now(), self.moment.shape[-1] - 1) - self.start
+        return cast(Tensor, _Quadratic.apply(moved, self.moment)) / self.outputs
 
 
 class Guard:
-    """Sum over layers of tr(dW G dW^T) / outputs: dW the change of the free rows, G the profile's second moment.
+    """Sum over layers of tr(dW G dW^T) / outputs: dW the change of the free rows, G the second moment of what they see.
 
-    Both are those of the layer with the norm behind it folded in, so that each output counts in units of its spread; a
-    change of a bias counts by its square. A layer whose input was not gathered (the first, depthwise ones) is taken to
-    read unrelated channels of second moment one, as normalised pixels are.
+    Both are those of the layer with the norm behind it folded in, so that each output counts in units of its spread. G
+    is taken over all inputs and positions of a kernel together, and a last input of ones for the bias, from the
+    profile's `windows`. In a wide linear layer behind a flattened map, positions and the bias count apart.
+    Raises ProfileError when the profile has no windows.
 
     >>> guard = Guard(frozen, anatomy, profile)
     >>> float(guard())
@@ -54,23 +51,49 @@ class Guard:
         self._terms = []
         for producer in anatomy.producers:
             layer = network_of(frozen).get_submodule(producer.module)
-            if not isinstance(layer, FreeRows) or layer.weight is None:
-                continue
-            weight, bias = (None if each is None else each.detach().clone() for each in layer.effective())
-            gram = profile.gram(producer.name) if producer.name in profile.grams else None
-            moment = None if gram is None else _read_by(layer, gram.to(layer.weight))
-            self._terms.append(_Term(layer.effective, cast(Tensor, weight), bias, moment, len(producer.out_ids)))
+            if isinstance(layer, FreeRows) and layer.weight is not None:
+                moment = _read_by(layer, profile.window(producer.name)).to(layer.weight)
+                start = _rows(layer.effective(), moment.shape[-1] - 1).detach().clone()
+                self._terms.append(_Term(layer.effective, start, moment, len(producer.out_ids)))
 
     def __call__(self) -> Tensor:
         """Return the guard of the free rows as they are now, with gradients; zero at the start."""
         return torch.stack([term.change() for term in self._terms]).sum()
 
 
-def _read_by(layer: FreeRows, gram: Tensor) -> Tensor:
+class _Quadratic(torch.autograd.Function):
+    """Sum of x_i^T G_i x_i for symmetric G. Its gradient is 2 G x: the product that the value needs serves it too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, moment: Tensor) -> Tensor:
+        """x: [rows, .., inputs]; moment: [inputs, inputs] or [rows, inputs, inputs]."""
+        product = x @ moment if moment.dim() == 2 else (x[:, None] @ moment)[:, 0]
+        ctx.save_for_backward(product)
+        return (product * x).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of x alone."""
+        return 2 * gradient * ctx.saved_tensors[0], None
+
+
+def _rows(effective: tuple[Tensor | None, Tensor | None], inputs: int) -> Tensor:
+    """Return the rows with the bias as a last input [rows, inputs + 1], or where inputs count apart, with it apart.
+
+    In that case [rows, positions + 1, inputs + 1]: the last position has nothing but the bias.
+    """
+    weight, bias = cast(Tensor, effective[0]).flatten(1), effective[1]
+    last = weight.new_zeros(len(weight), 1) if bias is None else bias[:, None]
+    if weight.shape[1] == inputs:
+        return torch.cat([weight, last], 1)
+    apart = weight.unflatten(1, (inputs, -1)).mT
+    lone = torch.cat([apart.new_zeros(len(apart), 1, inputs), last[:, None]], 2)
+    return torch.cat([torch.cat([apart, torch.zeros_like(apart[:, :, :1])], 2), lone], 1)
+
+
+def _read_by(layer: FreeRows, mean: Tensor) -> Tensor:
     """Return the second moment of what the rows read: of their own group's channels in a grouped convolution."""
-    groups = int(getattr(layer.layer, "groups", 1))
-    if groups == 1:
-        return gram
-    size, rows = len(gram) // groups, len(cast(Tensor, layer.layer.weight)) // groups
-    blocks = torch.stack([gram[start : start + size, start : start + size] for start in range(0, len(gram), size)])
-    return blocks[layer.rows // rows]
+    plain = cast(Layer, layer.layer)
+    moment = window_moment(mean, plain)
+    return moment[0] if len(moment) == 1 else moment[layer.rows.cpu() // (len(plain.weight) // len(moment))]

@@ -31,7 +31,7 @@ _SUMS = {
     "taylor": ("taylor",),
     "deeplift": ("deeplift",),
 }
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ class Profile:
     """{layer: (a layer that reads its neurons, their places in that layer's Gram matrix)}"""
     positions: Mapping[str, int] = field(default_factory=dict)
     """{layer: number of samples x positions in its Gram matrix}"""
+    windows: Mapping[str, Tensor] = field(default_factory=dict)
+    """{layer: sums over some samples of what its window sees together, as `nss.windows.correlations` has them}"""
+    window_positions: Mapping[str, int] = field(default_factory=dict)
+    """{layer: number of samples x positions in them}"""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -92,6 +96,19 @@ class Profile:
             )
         return self.grams[layer] / max(1, self.positions[layer])
 
+    def window(self, layer: str) -> Tensor:
+        """Mean of what the window of `layer` sees together, by lag. Returns float64 [lags, groups, c + 1, c + 1].
+
+        Raises ProfileError when it was not gathered.
+        """
+        if not self.window_positions.get(layer):
+            raise ProfileError(
+                f"what the window of {layer!r} sees together was not gathered",
+                where=layer,
+                fix="profile with windows=1: with a higher number, few samples may leave none",
+            )
+        return self.windows[layer] / self.window_positions[layer]
+
     def merge(self, other: Profile) -> Profile:
         """Return the profile over the samples of both.
 
@@ -109,10 +126,20 @@ class Profile:
         }
         grams = {layer: each + other.grams[layer] for layer, each in self.grams.items()}
         positions = {layer: each + other.positions[layer] for layer, each in self.positions.items()}
-        return replace(self, counts=self.counts + other.counts, sums=sums, grams=grams, positions=positions)
+        seen = {layer: each + other.window_positions[layer] for layer, each in self.window_positions.items()}
+        return replace(
+            self,
+            counts=self.counts + other.counts,
+            sums=sums,
+            grams=grams,
+            positions=positions,
+            windows=_added(self.windows, other.windows),
+            window_positions=seen,
+        )
 
     def _kind(self) -> tuple[object, ...]:
-        return self.model, self.classes, dict(self.layers), sorted(self.sums) + sorted(self.grams)
+        gathered = sorted(self.sums), sorted(self.grams), sorted(self.window_positions)
+        return self.model, self.classes, dict(self.layers), gathered
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, in one rename; equal profiles give equal bytes."""
@@ -125,9 +152,11 @@ class Profile:
             "model": self.model,
             "reads": dict(self.reads),
             "positions": dict(self.positions),
+            "window_positions": dict(self.window_positions),
         }
         grams = {f"gram/{layer}": each for layer, each in self.grams.items()}
-        write_tensors(Path(path), {"counts": self.counts, **tensors, **grams}, meta)
+        windows = {f"window/{layer}": each for layer, each in self.windows.items()}
+        write_tensors(Path(path), {"counts": self.counts, **tensors, **grams, **windows}, meta)
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
@@ -142,7 +171,10 @@ class Profile:
             grams = {layer: tensors[f"gram/{layer}"] for layer in meta["positions"]}
             reads = {layer: (reader, tuple(places)) for layer, (reader, places) in meta["reads"].items()}
             classes, counts = tuple(meta["classes"]), tensors["counts"]
-            return cls(classes, meta["layers"], counts, sums, meta["model"], grams, reads, meta["positions"])
+            seen = meta["window_positions"]
+            windows = {layer: tensors[f"window/{layer}"] for layer, count in seen.items() if count}
+            positions = meta["positions"]
+            return cls(classes, meta["layers"], counts, sums, meta["model"], grams, reads, positions, windows, seen)
         except (KeyError, TypeError, ValueError) as problem:
             raise ProfileError(f"this is no profile: it lacks or garbles {problem}", where=str(path)) from None
 
@@ -184,6 +216,7 @@ def profile(
     samples_per_class: int | None = None,
     batch_size: int = 128,
     gram: bool = True,
+    windows: int = 0,
     reference: Tensor | None = None,
     device: str | torch.device | None = None,
     bf16: bool = False,
@@ -200,10 +233,12 @@ def profile(
     Source: NeuSemSlice, arXiv 2407.20281, section 3; the formulas are choices explained in docs/slicing.md.
 
     samples_per_class: use only the first so many samples of each category. gram: also gather the second moment of the
-    channels that enter each layer. reference: the image that DeepLIFT compares with, as the network reads it
-    [c, h, w], default zeros (the mean pixel). device: where to compute, "auto" for the fastest there is, default where
-    the model is. bf16: compute activations and gradients in bfloat16 (sums stay float64). prefetch: batches read ahead.
-    classes, input_shape: needed for models not made by `build_model`.
+    channels that enter each layer. windows: of about one sample in so many, chosen by what it holds, gather too what
+    the window of each layer sees together, for `readapt` to guard old behaviour by; 0 of none. reference: the image
+    that DeepLIFT compares with, as the network reads it [c, h, w], default zeros (the mean pixel). device: where to
+    compute, "auto" for the fastest there is, default where the model is. bf16: compute activations and gradients in
+    bfloat16 (sums stay float64). prefetch: batches read ahead. classes, input_shape: needed for models not made by
+    `build_model`.
     The model's mode, hooks, gradients and buffers are left as they were.
     Raises ProfileError for unknown metrics, labels outside the classes, or no samples at all.
 
@@ -214,11 +249,13 @@ def profile(
     unknown = [metric for metric in metrics if metric not in METRICS]
     if unknown or not metrics:
         raise ProfileError(f"the metrics are {list(metrics)}", allowed=", ".join(METRICS))
+    if windows < 0:
+        raise ProfileError(f"windows is {windows}", where="windows", allowed="from 0: one sample in so many, 0: none")
     names, shape = _class_names(model, classes), shape_of(model, input_shape)
     model = on_device(model, device)
     sites = find_sites(network_of(model), shape)
     wanted = sorted({name for metric in metrics for name in _SUMS[metric]})
-    gatherer = Gatherer(sites, wanted, len(names), gram=gram)
+    gatherer = Gatherer(sites, wanted, len(names), gram=gram, windows=windows)
     compared = torch.zeros(shape) if reference is None else reference
     batches = _limited(read_ahead(iter_batches(data, batch_size), prefetch), samples_per_class, names)
     with evaluating(model), torch.autocast(device_of(model).type, torch.bfloat16, enabled=bf16):
@@ -236,7 +273,15 @@ def profile(
         grams=gatherer.grams,
         reads=gatherer.reads,
         positions=gatherer.positions,
+        windows=gatherer.windows,
+        window_positions=gatherer.window_positions,
     )
+
+
+def _added(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add up what was gathered of the same layer; a layer of which one has nothing keeps the other's."""
+    both = {layer: [of[layer] for of in (mine, theirs) if layer in of] for layer in (*mine, *theirs)}
+    return {layer: torch.stack(each).sum(0) for layer, each in both.items()}
 
 
 def _limited(

@@ -27,6 +27,8 @@ from nss.tunable import tunable_neurons
 
 # Images of the old data on which the learning curve is drawn.
 JUDGED = 1000
+# Images of each old class that the guard is made from when there is no profile.
+GUARDED = 100
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ def readapt(
     *,
     profile: Profile | None = None,
     share: float = 0.2,
-    guard: float = 3.0,
-    learning_rate: float = 0.005,
+    guard: float = 1.0,
+    learning_rate: float = 0.015,
     epochs: int = 10,
     batch_size: int = 64,
     seed: int = 0,
@@ -84,7 +86,7 @@ def readapt(
 
     slices: of this model; they say which neurons may be tuned (see `tunable_neurons`). new_data: a few labelled samples
     of the classes that the model knows. old_data: what it was made for, or a part; optional, never trained on unless
-    `replay` says so, used to report old accuracy and to stop. profile: of this model on old data, with Gram matrices:
+    `replay` says so, used to report old accuracy and to stop. profile: of this model on old data, with `windows`:
     the guard against forgetting lives from it and needs no old image; without it, it is gathered from old_data.
     share: of all weights, at most so many are trained. guard: weight of the guard in the loss; more keeps more of the
     old at the cost of the new, 0 needs no profile; it counts more, by the number of known classes over that of classes
@@ -213,12 +215,14 @@ def _guard(
             "there is nothing to guard old behaviour by", where="profile", fix="give a profile or old data, or guard=0"
         )
     if profile is None and old_data is not None:
-        profile = gather_profile(model, train_part(old_data), ("avg",), classes=None, input_shape=shape)
-    if profile is None or profile.model != model_digest(model) or not profile.grams:
+        profile = gather_profile(
+            model, train_part(old_data), ("avg",), samples_per_class=GUARDED, gram=False, windows=1, input_shape=shape
+        )
+    if profile is None or profile.model != model_digest(model) or not profile.windows:
         raise ReadaptError(
-            "the profile is of another model, or without Gram matrices",
+            "the profile is of another model, or does not say what windows see together",
             where="profile",
-            fix="profile this model with gram=True",
+            fix="profile this model with windows=10, or with windows=1 for few samples",
         )
     return Guard(frozen, find_sites(network_of(model), shape).anatomy, profile)
 

@@ -1,20 +1,43 @@
-"""Stage `base`: train the model that is maintained."""
+"""Stage `base`: the model that is maintained, trained here or pinned by champion.json."""
 
 from __future__ import annotations
 
-from nss.base import train
-from nss.data import load_data
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.nn.functional as F
+
+from nss.base import Epoch, train
+from nss.data import Dataset, load_data
 from nss.files import replacing, write_json
-from nss.model import build_model, save_model
+from nss.model import Classifier, build_model, save_model
+from nss.predict import predict
 from nss.size import count_parameters
+from tasks.champion import Champion, copy_model, load_champion, read_champion
 from tasks.params import BaseParams
 from tasks.tables import write_csv
 from tasks.workspace import Workspace
 
 
 def run(params: BaseParams, workspace: Workspace) -> None:
-    """Train on data/ and write artifacts/base: model/, metrics.json, history.csv, source.json."""
+    """Write artifacts/base: model/, metrics.json, history.csv, source.json.
+
+    The source lists the batches that the model knows: a champion the pinned ones, a model trained here all of data/.
+    """
     data = load_data(workspace.data)
+    champion = read_champion(workspace)
+    with replacing(workspace.out("base")) as part:
+        part.mkdir()
+        if champion is None:
+            model, history = _trained(params, data)
+            save_model(model, part / "model")
+        else:
+            model, data, history = _pinned(workspace, champion, data)
+            copy_model(workspace.champion, part / "model")
+        _write(part, model, data, history)
+
+
+def _trained(params: BaseParams, data: Dataset) -> tuple[Classifier, list[Epoch]]:
     mean, std = data.split("train").pixel_statistics()
     model = build_model(
         params.factory,
@@ -35,12 +58,29 @@ def run(params: BaseParams, workspace: Workspace) -> None:
         learning_rate=params.learning_rate,
         weight_decay=params.weight_decay,
     )
-    with replacing(workspace.out("base")) as part:
-        part.mkdir()
-        save_model(model, part / "model")
-        last = history[-1]
-        metrics = {"loss": last.loss, "train_accuracy": last.train_accuracy, "val_accuracy": last.val_accuracy}
-        write_json(part / "metrics.json", {**metrics, "parameters": count_parameters(model)})
-        rows = [(epoch.epoch, epoch.loss, epoch.train_accuracy, epoch.val_accuracy) for epoch in history]
-        write_csv(part / "history.csv", ["epoch", "loss", "train_accuracy", "val_accuracy"], rows)
-        write_json(part / "source.json", {"data": data.digest})
+    return model, history
+
+
+def _pinned(workspace: Workspace, champion: Champion, data: Dataset) -> tuple[Classifier, Dataset, list[Epoch]]:
+    """Return the champion, the data that it knows, and how it does there: one line, epoch 0, nothing was trained."""
+    model = load_champion(workspace, champion)
+    known = data.known_and_new(champion.batches)[0].of_classes(model.spec.classes)
+    loss, train_accuracy = _scores(model, known.split("train"))
+    return model, known, [Epoch(0, loss, train_accuracy, _scores(model, known.split("val"))[1])]
+
+
+def _scores(model: Classifier, data: Dataset) -> tuple[float, float]:
+    """Return mean loss and accuracy; without images, nan, as in training."""
+    if not len(data):
+        return float("nan"), float("nan")
+    logits, labels = predict(model, data)
+    return float(F.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).double().mean())
+
+
+def _write(folder: Path, model: Classifier, data: Dataset, history: Sequence[Epoch]) -> None:
+    last = history[-1]
+    metrics = {"loss": last.loss, "train_accuracy": last.train_accuracy, "val_accuracy": last.val_accuracy}
+    write_json(folder / "metrics.json", {**metrics, "parameters": count_parameters(model)})
+    rows = [(epoch.epoch, epoch.loss, epoch.train_accuracy, epoch.val_accuracy) for epoch in history]
+    write_csv(folder / "history.csv", ["epoch", "loss", "train_accuracy", "val_accuracy"], rows)
+    write_json(folder / "source.json", {"data": data.digest, "batches": [batch.digest for batch in data.batches]})

@@ -1,47 +1,92 @@
-"""Stage `evaluate`: score the model and its semantic slices on held-out images."""
+"""Stage `evaluate`: score the model, its semantic slices and what the maintenance made of it on held-out images."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from torch import Tensor
 
-from nss.data import Dataset, load_data
-from nss.evaluate import evaluate, evaluate_slices
+from nss.data import Dataset
+from nss.evaluate import Evaluation, SlicesEvaluation, evaluate, evaluate_slices
 from nss.files import replacing, write_json
-from nss.model import load_model, model_digest
+from nss.model import Classifier, load_model, model_digest
 from nss.slice import SemanticSlices
+from tasks.batches import known_and_new
 from tasks.params import EvaluateParams
 from tasks.tables import write_csv
 from tasks.workspace import Workspace, require_same_source
 
+# What the maintenance stages call their models.
+_CANDIDATES = {"restructure": "restructured", "readapt": "readapted"}
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Of one model: on images like those it was made for, and on those of new batches, if there are any."""
+
+    old: Evaluation
+    new: Evaluation | None
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        found = {f"{prefix}accuracy": self.old.accuracy, f"{prefix}worst_accuracy": self.old.worst_accuracy}
+        return found | ({f"{prefix}new_accuracy": self.new.accuracy} if self.new else {})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"old": self.old.to_dict(), "new": self.new and self.new.to_dict()}
+
 
 def run(params: EvaluateParams, workspace: Workspace) -> None:
-    """Write artifacts/evaluate: metrics.json, per_class.csv, confusion.csv, evaluation.json, source.json."""
-    data = load_data(workspace.data)
+    """Write artifacts/evaluate: metrics.json, per_class.csv, confusion.csv, evaluation.json, source.json.
+
+    Batches that have arrived since the model was made are scored apart, as far as the model knows their classes.
+    """
     model = load_model(workspace.out("base") / "model", workspace.packages)
-    sources = {"data": data.digest, "model": model_digest(model)}
-    require_same_source(workspace.out("slice"), **sources)
-    slices = SemanticSlices.load(workspace.out("slice") / "slices.json")
-    models = [load_model(workspace.out("slice") / "models" / each.name, workspace.packages) for each in slices]
-    held_out = data.split(params.split)
-    whole = evaluate(model, held_out, batch_size=params.batch_size)
-    parts = evaluate_slices(slices, models, held_out, params.batch_size)
+    known, arrived = known_and_new(workspace, model.spec.classes)
+    sources = {"data": known.digest, "model": model_digest(model)}
+    for verb in ("slice", *_CANDIDATES):
+        require_same_source(workspace.out(verb), **sources)
+    require_same_source(workspace.out("readapt"), new=arrived.digest)
+    old, new = known.split(params.split), arrived.of_classes(model.spec.classes).split(params.split)
+    whole = _scores(model, old, new, params)
+    parts = _slices(workspace, old, params)
+    candidates = {name: _scores(each, old, new, params) for name, each in _candidates(workspace).items()}
     with replacing(workspace.out("evaluate")) as part:
         part.mkdir()
-        scores = {"accuracy": whole.accuracy, "worst_accuracy": whole.worst_accuracy, "images": whole.images}
-        votes = {"vote_accuracy": parts.vote_accuracy, "told_accuracy": parts.told_accuracy}
-        write_json(part / "metrics.json", {**scores, **votes, **_restructured(workspace, held_out, params)})
-        write_csv(part / "per_class.csv", ["class", "accuracy"], whole.per_class.items())
-        write_csv(part / "confusion.csv", ["actual", "predicted"], _answers(whole.confusion, whole.classes))
-        write_json(part / "evaluation.json", {"model": whole.to_dict(), "slices": parts.to_dict()})
-        write_json(part / "source.json", sources)
+        write_json(part / "metrics.json", _metrics(whole, parts, candidates))
+        write_csv(part / "per_class.csv", ["class", "accuracy"], whole.old.per_class.items())
+        write_csv(part / "confusion.csv", ["actual", "predicted"], _answers(whole.old.confusion, whole.old.classes))
+        found = {"model": whole.old.to_dict(), "new": whole.new and whole.new.to_dict(), "slices": parts.to_dict()}
+        found["candidates"] = {name: each.to_dict() for name, each in candidates.items()}
+        write_json(part / "evaluation.json", found)
+        write_json(part / "source.json", {**sources, "new": arrived.digest})
 
 
-def _restructured(workspace: Workspace, held_out: Dataset, params: EvaluateParams) -> dict[str, float]:
-    folder = workspace.out("restructure") / "model"
-    if not folder.exists():
-        return {}  # restructure.when is never
-    found = evaluate(load_model(folder, workspace.packages), held_out, batch_size=params.batch_size)
-    return {"restructured_accuracy": found.accuracy, "restructured_worst_accuracy": found.worst_accuracy}
+def _scores(model: Classifier, old: Dataset, new: Dataset, params: EvaluateParams) -> _Scores:
+    scores = evaluate(model, old, batch_size=params.batch_size)
+    return _Scores(scores, evaluate(model, new, batch_size=params.batch_size) if len(new) else None)
+
+
+def _slices(workspace: Workspace, held_out: Dataset, params: EvaluateParams) -> SlicesEvaluation:
+    slices = SemanticSlices.load(workspace.out("slice") / "slices.json")
+    models = [load_model(workspace.out("slice") / "models" / each.name, workspace.packages) for each in slices]
+    return evaluate_slices(slices, models, held_out, params.batch_size)
+
+
+def _candidates(workspace: Workspace) -> dict[str, Classifier]:
+    """Return what the maintenance stages made; one that had nothing to do made none."""
+    folders = {name: workspace.out(verb) / "model" for verb, name in _CANDIDATES.items()}
+    return {name: load_model(each, workspace.packages) for name, each in folders.items() if each.exists()}
+
+
+def _metrics(whole: _Scores, parts: SlicesEvaluation, candidates: dict[str, _Scores]) -> dict[str, float]:
+    votes = {"vote_accuracy": parts.vote_accuracy, "told_accuracy": parts.told_accuracy}
+    found = {**whole.metrics(""), "images": whole.old.images, **votes}
+    if whole.new:
+        found["new_images"] = whole.new.images
+    for name, each in candidates.items():
+        found |= each.metrics(f"{name}_")
+    return found
 
 
 def _answers(confusion: Tensor, classes: tuple[str, ...]) -> list[tuple[str, str]]:

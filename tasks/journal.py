@@ -29,6 +29,7 @@ _CONTEXT = {
     "profile": "profiling",
     "slice": "validation",
     "restructure": "validation",
+    "readapt": "training",
     "evaluate": "evaluation",
 }
 
@@ -66,8 +67,11 @@ def backfill(
 
 def _log_base(tracker: Tracker, run: Run, workspace: Workspace, key: StageKey) -> None:
     from tasks import pictures
+    from tasks.champion import read_champion
 
     folder, run_id = workspace.out("base"), run.info.run_id
+    if champion := read_champion(workspace):
+        tracker.log(run, tags={"nss.champion": f"{champion.name} version {champion.version}"})
     history = [{name: float(value) for name, value in row.items()} for row in _table(folder / "history.csv")]
     tracker.log(run, history=[{f"epoch_{name}": row[name] for name in row if name != "epoch"} for row in history])
     tracker.client.log_figure(run_id, pictures.training_curve(history), "training.png")
@@ -179,6 +183,54 @@ def _sizes_on_disk_and_in_time(workspace: Workspace) -> dict[str, float]:
     return found
 
 
+def _log_readapt(tracker: Tracker, run: Run, workspace: Workspace, key: StageKey) -> None:
+    folder, run_id = workspace.out("readapt"), run.info.run_id
+    if not (folder / "model").exists():
+        return  # there was nothing to do
+    curve = [_numbers_of(row) for row in _table(folder / "curve.csv")]
+    steps = [{f"epoch_{name}": value for name, value in row.items() if name != "epoch"} for row in curve]
+    # Step 0 is the original, step 1 the first epoch.
+    tracker.log(run, metrics=steps[0], history=steps[1:])
+    changes = _changes(folder)
+    for part, change in changes.items():
+        points = {f"class_change_{part}/{name}": after - before for name, (before, after) in change.items()}
+        tracker.log(run, metrics=points)
+    tuned = {row["layer"]: int(row["tuned"]) for row in _table(folder / "tuned.csv")}
+    tracker.log(run, metrics={f"tuned/{name}": count for name, count in tuned.items()})
+    for name, figure in _readapt_pictures(folder, curve, changes, tuned).items():
+        tracker.client.log_figure(run_id, figure, name)
+    tracker.log_model(run_id, "readapted", folder / "model", {"stage_key": key.digest})
+
+
+def _changes(folder: Path) -> dict[str, dict[str, tuple[float, float]]]:
+    """Return {"old", "new": {class: accuracy before and after}} for those classes that have held-out images."""
+    rows = [(row["class"], _numbers_of(row, "class")) for row in _table(folder / "change.csv")]
+    return {
+        part: {name: (row[f"{part}_before"], row[f"{part}_after"]) for name, row in rows if f"{part}_before" in row}
+        for part in ("old", "new")
+    }
+
+
+def _readapt_pictures(
+    folder: Path,
+    curve: list[dict[str, float]],
+    changes: dict[str, dict[str, tuple[float, float]]],
+    tuned: dict[str, int],
+) -> dict[str, Figure]:
+    from tasks import pictures
+
+    total = {row["layer"]: int(row["total"]) for row in _table(folder / "tuned.csv")}
+    points = [(int(row["epoch"]), row.get("new"), row.get("old")) for row in curve]
+    drawn = {
+        "learning_curve.png": pictures.following_curve(points, read_json(folder / "metrics.json")["kept_epoch"]),
+        "tuned_neurons.png": pictures.kept_neurons({"tuned": tuned}, total, "tuned"),
+    }
+    for part, change in changes.items():
+        if change:
+            drawn[f"class_change_{part}.png"] = pictures.class_change(change)
+    return drawn
+
+
 def _log_evaluate(tracker: Tracker, run: Run, workspace: Workspace, key: StageKey) -> None:
     from tasks import pictures
 
@@ -194,12 +246,23 @@ def _log_evaluate(tracker: Tracker, run: Run, workspace: Workspace, key: StageKe
     tracker.client.log_figure(run_id, pictures.class_accuracy(accuracy, overall), "class_accuracy.png")
 
 
-_DETAILS = {"base": _log_base, "slice": _log_slice, "restructure": _log_restructure, "evaluate": _log_evaluate}
+_DETAILS = {
+    "base": _log_base,
+    "slice": _log_slice,
+    "restructure": _log_restructure,
+    "readapt": _log_readapt,
+    "evaluate": _log_evaluate,
+}
 
 
 def _table(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def _numbers_of(row: dict[str, str], *texts: str) -> dict[str, float]:
+    """Return the numbers in a row of a table, without the columns named and the cells that are empty."""
+    return {name: float(cell) for name, cell in row.items() if name not in texts and cell}
 
 
 def _numbers(content: dict[str, Any]) -> dict[str, float]:

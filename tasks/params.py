@@ -45,6 +45,7 @@ class ProfileParams(_Group):
     split: Literal["train", "val"] = Field(description="train or val")
     samples_per_class: int | None = Field(ge=1, description="a whole number from 1, or null for all")
     batch_size: int = Field(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")
+    windows: int = Field(ge=0, le=1_000_000, description="a whole number from 0 to 1000000: of one image in so many")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="auto, cpu, cuda or mps")
     bf16: bool = Field(description="true or false")
     shards: int = Field(ge=1, le=10_000, description="a whole number from 1 to 10000")
@@ -81,6 +82,21 @@ class RestructureParams(_Group):
     seed: int = Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
 
 
+class ReadaptParams(_Group):
+    """How the model follows batches that arrive."""
+
+    when: Literal["always", "never"] = Field(description="always or never")
+    share: float = Field(gt=0, le=1, description="a share above 0, at most 1: the most of all weights to train")
+    guard: float = Field(ge=0, le=1_000_000, description="a number from 0 to 1000000: weight of the old behaviour")
+    learning_rate: float = Field(gt=0, le=100, description="a number above 0, at most 100")
+    epochs: int = Field(ge=1, le=10_000, description="a whole number from 1 to 10000")
+    batch_size: int = Field(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")
+    replay: float = Field(ge=0, le=1, description="a share from 0 to 1: of the old images, to train on again")
+    distil: float = Field(ge=0, le=1, description="a number from 0 to 1, above 0 with replay only")
+    patience: int = Field(ge=1, le=10_000, description="a whole number from 1 to 10000")
+    seed: int = Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
+
+
 class EvaluateParams(_Group):
     """What the models are scored on."""
 
@@ -95,6 +111,7 @@ class Params(_Group):
     profile: ProfileParams
     slice: SliceParams
     restructure: RestructureParams
+    readapt: ReadaptParams
     evaluate: EvaluateParams
 
     def group(self, verb: str) -> BaseModel:
@@ -183,6 +200,14 @@ def _inconsistent(params: Params) -> list[str]:
         problems.append(
             f"restructure.target: {params.restructure.target!r} is not allowed for {params.restructure.budget}; "
             "allowed: a share above 0, at most 1"
+        )
+    if params.readapt.when != "never" and params.readapt.guard > 0 and params.profile.windows == 0:
+        problems.append(
+            "profile.windows: 0 is not allowed with readapt.guard above 0, which needs them; allowed: from 1"
+        )
+    if params.readapt.distil > 0 and params.readapt.replay == 0:
+        problems.append(
+            f"readapt.distil: {params.readapt.distil!r} is not allowed without replay; allowed: 0, or a replay above 0"
         )
     if params.slice.n_slices is not None and params.slice.distance_threshold is not None:
         problems.append("slice: n_slices and distance_threshold are both given; allowed: one of them, the other null")

@@ -71,8 +71,8 @@ def overlap(distances: np.ndarray, linkage: np.ndarray, classes: Sequence[str], 
     return figure
 
 
-def kept_neurons(kept: Mapping[str, Mapping[str, int]], total: Mapping[str, int]) -> Figure:
-    """Draw neurons kept by layer, slices against all there are.
+def kept_neurons(kept: Mapping[str, Mapping[str, int]], total: Mapping[str, int], verb: str = "kept") -> Figure:
+    """Draw neurons kept (or what else was done with them) by layer, slices against all there are.
 
     kept: {slice: {layer: neurons}}; from nine slices on, their mean with the range from least to most is drawn.
     total: {layer: neurons}.
@@ -94,7 +94,7 @@ def kept_neurons(kept: Mapping[str, Mapping[str, int]], total: Mapping[str, int]
             axes.bar(at + shift, [row[layer] for layer in layers], width=width * 0.9, color=colour, label=name)
     axes.set_xticks(at, layers, rotation=40, ha="right", fontsize=_label_size(len(layers)))
     axes.set_ylabel("neurons")
-    axes.set_title("neurons kept by layer", loc="left")
+    axes.set_title(f"neurons {verb} by layer", loc="left")
     axes.legend(frameon=False, fontsize=8, ncols=2)
     _bare(axes, "top", "right")
     return figure
@@ -163,6 +163,25 @@ def size_curve(points: Sequence[tuple[float, float]], chosen: float) -> Figure:
     axes.set_xlim(0, 1.05)
     axes.set_xlabel("share of the multiply-adds")
     axes.set_ylabel("accuracy on validation")
+    _bare(axes, "top", "right")
+    return figure
+
+
+def following_curve(points: Sequence[tuple[int, float | None, float | None]], kept: int) -> Figure:
+    """Draw accuracy on new and on old held-out images over epochs; the epoch whose weights were kept is marked.
+
+    points: (epoch, new, old) from epoch 0, the original; accuracies are None where there are no such images.
+    """
+    figure, axes = _figure(6.0, 3.6)
+    for place, name, colour in ((1, "new", "#1f6fb4"), (2, "old", _DARK)):
+        if points[0][place] is not None:
+            axes.plot([row[0] for row in points], [row[place] for row in points], ".-", color=colour, label=name)
+    axes.axvline(kept, color=_GREY, linewidth=5, zorder=0, label="kept")
+    axes.set_title(f"accuracy while following new images, epoch {kept} kept", loc="left")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("accuracy on held-out images")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False)
     _bare(axes, "top", "right")
     return figure
 

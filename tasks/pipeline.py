@@ -69,13 +69,12 @@ class Pipeline:
         """Names of the stages that have a command, each after those that it depends on."""
         with self._repo() as repo:
             graph = repo.index.graph
-            # Edges lead from a stage to what it needs; names break ties, so that the order is always the same.
+            # Edges lead from a stage to what it needs; of several that could come next it is the first in dvc.yaml, as
+            # DVC itself has it: dvc.lock lists stages in the order in which they ran.
             waiting = {stage: set(graph.successors(stage)) for stage in graph}
             order: list[str] = []
             while waiting:
-                ready = min(
-                    (stage for stage, needs in waiting.items() if not needs), key=lambda stage: stage.addressing
-                )
+                ready = next(stage for stage, needs in waiting.items() if not needs)
                 del waiting[ready]
                 for needs in waiting.values():
                     needs.discard(ready)

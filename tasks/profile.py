@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from nss.data import load_data
-from nss.files import replacing, write_json
+from nss.errors import StageError
+from nss.files import read_json, replacing, write_json
 from nss.model import load_model
 from nss.profile import Profile, profile
 from nss.shards import first_of_each_class, shards
+from tasks.batches import known_data
 from tasks.params import ProfileParams
-from tasks.workspace import Workspace, require_same_source
+from tasks.workspace import Workspace
 
 
 def run(params: ProfileParams, workspace: Workspace) -> None:
     """Profile the base model and write artifacts/profile: profile.safetensors, metrics.json, source.json."""
-    data = load_data(workspace.data)
-    require_same_source(workspace.out("base"), data=data.digest)
+    source = read_json(workspace.out("base") / "source.json", StageError)
     gathered = (
         _in_shards(params, workspace) if params.shards > 1 or params.dask else profile_shard(params, workspace, 0)
     )
@@ -23,19 +23,21 @@ def run(params: ProfileParams, workspace: Workspace) -> None:
         gathered.save(part / "profile.safetensors")
         counts = {"images": int(gathered.counts.sum()), "neurons": sum(gathered.layers.values())}
         write_json(part / "metrics.json", {**counts, "layers": len(gathered.layers)})
-        write_json(part / "source.json", {"data": data.digest, "model": gathered.model})
+        write_json(part / "source.json", {"data": source["data"], "model": gathered.model})
 
 
 def profile_shard(params: ProfileParams, workspace: Workspace, number: int) -> Profile:
     """Profile the base model on one of `params.shards` parts of the images that the parameters choose."""
-    data = load_data(workspace.data).split(params.split)
+    model = load_model(workspace.out("base") / "model", workspace.packages)
+    data = known_data(workspace, model.spec.classes).split(params.split)
     if params.samples_per_class is not None:
         data = first_of_each_class(data, params.samples_per_class)
     return profile(
-        load_model(workspace.out("base") / "model", workspace.packages),
+        model,
         shards(data, params.shards)[number],
         params.metrics,
         batch_size=params.batch_size,
+        windows=params.windows,
         device=params.device,
         bf16=params.bf16,
     )

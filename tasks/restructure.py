@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nss.data import load_data
 from nss.files import replacing, write_json
 from nss.model import load_model, model_digest, save_model
 from nss.profile import Profile
 from nss.restructure import Point, Restructured, restructure
 from nss.slice import SemanticSlices
+from tasks.batches import known_data
 from tasks.params import RestructureParams
 from tasks.tables import write_csv
 from tasks.workspace import Workspace, require_same_source
 
 
 def run(params: RestructureParams, workspace: Workspace) -> None:
-    """Write artifacts/restructure: metrics.json and source.json, and unless `when` is never, what `_write` says."""
-    data = load_data(workspace.data)
+    """Write artifacts/restructure: metrics.json, result.json, source.json, and unless `when` is never, the rest."""
     model = load_model(workspace.out("base") / "model", workspace.packages)
+    data = known_data(workspace, model.spec.classes)
     sources = {"data": data.digest, "model": model_digest(model)}
     require_same_source(workspace.out("slice"), **sources)
     with replacing(workspace.out("restructure")) as part:
@@ -27,6 +27,7 @@ def run(params: RestructureParams, workspace: Workspace) -> None:
         write_json(part / "source.json", sources)
         if params.when == "never":
             write_json(part / "metrics.json", {"done": 0})
+            write_json(part / "result.json", {"done": False, "why": "restructure.when is never"})
             return
         found = restructure(
             model,
@@ -45,7 +46,7 @@ def run(params: RestructureParams, workspace: Workspace) -> None:
 
 
 def _write(folder: Path, found: Restructured) -> None:
-    """Write model/, plan.json, metrics.json, curve.csv, kept.csv and change.csv; accuracies are on validation."""
+    """Write model/, plan.json, curve.csv, kept.csv and change.csv beside them; accuracies are on validation."""
     save_model(found.model, folder / "model")
     found.plan.save(folder / "plan.json")
     first, last = found.report[0], found.report[-1]
@@ -56,6 +57,7 @@ def _write(folder: Path, found: Restructured) -> None:
     write_csv(folder / "kept.csv", ["layer", "kept", "total"], layers)
     write_csv(folder / "change.csv", ["class", "before", "after"], _change(first, last))
     write_json(folder / "metrics.json", _metrics(found.report))
+    write_json(folder / "result.json", {"done": True, "why": "restructure.when is always"})
 
 
 def _change(before: Point, after: Point) -> list[tuple[str, float, float]]:

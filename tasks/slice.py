@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from nss.critical import critical_neurons
-from nss.data import load_data
 from nss.evaluate import SlicesEvaluation, evaluate_slices
 from nss.files import replacing, write_json
 from nss.model import load_model, model_digest, save_model
@@ -11,6 +10,7 @@ from nss.profile import Profile
 from nss.remove import RemovalPlan, plan_removal, remove
 from nss.size import count_parameters
 from nss.slice import semantic_slices
+from tasks.batches import known_data
 from tasks.params import SliceParams
 from tasks.tables import write_csv
 from tasks.workspace import Workspace, require_same_source
@@ -22,8 +22,8 @@ def run(params: SliceParams, workspace: Workspace) -> None:
     It holds critical.safetensors, slices.json, models/<slice>/, neurons.csv, removal.json, slices_val.json,
     metrics.json and source.json.
     """
-    data = load_data(workspace.data)
     model = load_model(workspace.out("base") / "model", workspace.packages)
+    data = known_data(workspace, model.spec.classes)
     sources = {"data": data.digest, "model": model_digest(model)}
     require_same_source(workspace.out("profile"), **sources)
     profile = Profile.load(workspace.out("profile") / "profile.safetensors")

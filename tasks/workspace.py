@@ -35,6 +35,16 @@ class Workspace:
         return self.root / "params.yaml"
 
     @property
+    def pin(self) -> Path:
+        """Which registered model is maintained, see tasks/champion.py."""
+        return self.root / "champion.json"
+
+    @property
+    def champion(self) -> Path:
+        """The model folder of that model, versioned by champion.dvc."""
+        return self.root / "champion"
+
+    @property
     def store(self) -> Path:
         """Folder of the default tracking store; while `dvc exp run --temp` works in a copy, the main workspace's."""
         return Path(os.environ.get("DVC_ROOT") or self.root) / "mlflow"

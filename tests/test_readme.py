@@ -125,7 +125,7 @@ def test_dvc_accepts_every_dvc_command(line: str) -> None:
     for setting in getattr(arguments, "set_param", None) or []:
         group, _, key = setting.partition("=")[0].partition(".")
         assert key in YAML(typ="safe").load(ROOT / "params.yaml")[group]
-    known = {"data", "data.dvc", *YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]}
+    known = {"data", "data.dvc", "champion", "champion.dvc", *YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]}
     assert set(getattr(arguments, "targets", None) or []) <= known
 
 

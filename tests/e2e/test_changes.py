@@ -6,7 +6,7 @@ import shutil
 import signal
 from pathlib import Path
 
-STAGES = ["base", "profile", "slice", "restructure", "evaluate"]
+STAGES = ["base", "profile", "slice", "restructure", "readapt", "evaluate"]
 CACHED = dict.fromkeys(STAGES, "cached")
 LATER = STAGES[2:]
 FROM_SLICE = {**CACHED, **dict.fromkeys(LATER, "executed")}
@@ -25,7 +25,7 @@ WAIT = """
     while not (workspace.root / "artifacts" / "go").exists():
         time.sleep(0.05)
 """
-EVALUATE = "    data = load_data(workspace.data)\n"
+EVALUATE = '    model = load_model(workspace.out("base") / "model", workspace.packages)\n'
 
 
 def test_deleted_outputs_are_restored_and_not_computed(copy) -> None:

@@ -87,7 +87,7 @@ def test_an_unknown_stage_names_those_there_are() -> None:
     done = nss("stage", "bse")
     assert done.returncode == 2
     assert "there is no stage 'bse'" in done.stderr
-    assert "base, profile, slice, restructure, evaluate" in done.stderr
+    assert "base, profile, slice, restructure, readapt, evaluate" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from nss.errors import ProfileError
 from nss.freeze import freeze, thaw
 from nss.guard import Guard
 from nss.profile import profile
@@ -21,7 +23,8 @@ few = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck
 def guarded(network: nn.Module, free: dict[str, Tensor], images: Tensor, classes: int) -> tuple[nn.Module, Guard]:
     shape = tuple(images.shape[1:])
     names = [str(label) for label in range(classes)]
-    found = profile(network, (images, torch.arange(len(images)) % classes), ("avg",), classes=names, input_shape=shape)
+    data = (images, torch.arange(len(images)) % classes)
+    found = profile(network, data, ("avg",), classes=names, input_shape=shape, gram=False, windows=1)
     frozen = freeze(network, free, shape)
     return frozen, Guard(frozen, find_sites(network, shape).anatomy, found)
 
@@ -46,67 +49,113 @@ def test_for_one_by_one_convolutions_and_linear_layers_it_is_the_change_on_the_v
     with torch.no_grad():
         read = torch.relu(network.conv(images)).mean((2, 3))
         moved = thaw(frozen).hidden.weight - network.hidden.weight
-        shifted = (thaw(frozen).hidden.bias - network.hidden.bias).square().sum()
-        expected = (read @ moved.T).square().mean(0).sum() + shifted
+        shifted = thaw(frozen).hidden.bias - network.hidden.bias
+        expected = (read @ moved.T + shifted).square().mean(0).sum()
     assert float(guard().detach()) == pytest.approx(float(expected) / 3, rel=1e-4)
 
 
-def test_norms_scale_it_and_positions_add_up(networks: ModuleType) -> None:
-    """Written out as loops: positions of a kernel count apart, each output in units of its spread."""
+def folded(network: nn.Module, layer: str, norm: str | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer with the norm behind it, written out."""
+    weight, bias = network.get_submodule(layer).weight.double(), network.get_submodule(layer).bias
+    if norm is None:
+        return weight, bias.double()
+    bn = network.get_submodule(norm)
+    scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
+    shift = (0 if bias is None else bias.double()) - bn.running_mean.double()
+    return weight * scale.view(-1, 1, 1, 1), bn.bias.double() + shift * scale
+
+
+def seen_by(network: nn.Module, layer: str, images: Tensor) -> Tensor:
+    seen: list[Tensor] = []
+    handle = network.get_submodule(layer).register_forward_pre_hook(lambda _m, given: seen.append(given[0].double()))
+    network(images)
+    handle.remove()
+    return seen[0]
+
+
+def slid_over_everything(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+    """The squared change at every place where the window touches the map, the bias counting where its centre does."""
+    ones = torch.ones_like(x[:, :1])
+    x = torch.cat([torch.cat([part, ones], 1) for part in x.chunk(groups, 1)], 1)
+    last = torch.zeros_like(weight[:, :1])
+    last[:, 0, last.shape[2] // 2, last.shape[3] // 2] = bias
+    kernel = torch.cat([weight, last], 1)
+    outputs = F.conv2d(x, kernel, padding=[size - 1 for size in weight.shape[2:]], groups=groups)
+    return outputs.square().sum() / (len(x) * x.shape[2] * x.shape[3])
+
+
+def test_norms_scale_it_and_the_positions_of_a_kernel_count_together(networks: ModuleType) -> None:
     model = networks.zoo_model("vgg_small")
     network, images = model.network, networks.floats(6, networks.SHAPE)
-    free = {"features.10": torch.arange(64) % 3 == 0, "hidden": torch.arange(256) < 5}
+    free = {"features.0": torch.arange(32) < 9, "features.10": torch.arange(64) % 3 == 0}
+    free["hidden"] = torch.arange(256) < 5
     frozen, guard = guarded(network, free, images, 4)
     disturb(frozen, 1)
     plain, expected = thaw(frozen), 0.0
     with torch.no_grad():
-        for layer, norm in (("features.10", "features.11"), ("hidden", None)):
-            reader = network.get_submodule(layer)
-            seen: list[Tensor] = []
-            handle = reader.register_forward_pre_hook(lambda _m, given, seen=seen: seen.append(given[0].double()))
-            network(images)
-            handle.remove()
-            channels = seen[0].shape[1] if seen[0].dim() == 4 else 128
-            rows = seen[0].reshape(len(images), channels, -1).transpose(1, 2).reshape(-1, channels)
-            gram = rows.T @ rows / len(rows)
-            weights = []
-            for net in (network, plain):
-                weight = net.get_submodule(layer).weight.double()
-                if norm:
-                    bn = net.get_submodule(norm)
-                    scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
-                    weight = weight * scale.view(-1, 1, 1, 1)
-                    weights.append((weight, bn.bias.double() - bn.running_mean.double() * scale))
-                else:
-                    weights.append((weight, net.get_submodule(layer).bias.double()))
-            (before, old_bias), (after, new_bias) = weights
-            moved = (after - before).reshape(len(before), channels, -1)
-            total = sum(
-                float((moved[:, :, at] @ gram * moved[:, :, at]).sum()) for at in range(moved.shape[2])
-            ) + float((new_bias - old_bias).square().sum())
-            expected += total / len(before)
+        for layer, norm in (("features.0", "features.1"), ("features.10", "features.11"), ("hidden", None)):
+            seen = seen_by(network, layer, images)
+            pairs = zip(folded(plain, layer, norm), folded(network, layer, norm), strict=True)
+            weight, bias = (after - before for after, before in pairs)
+            if norm is None:
+                change = (seen.flatten(1) @ weight.T + bias).square().mean(0).sum()
+            else:
+                change = slid_over_everything(seen, weight, bias, 1)
+            expected += float(change) / len(weight)
     assert float(guard().detach()) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_grouped_convolution_reads_its_own_group_and_an_unmeasured_input_counts_as_ones(
-    networks: ModuleType,
-) -> None:
+def test_a_kernel_that_cancels_over_smooth_images_costs_less_than_one_that_adds_up(networks: ModuleType) -> None:
+    network = networks.Grouped()
+    images = networks.floats(4, (3, 1, 1)).expand(4, 3, 9, 9).contiguous()
+    costs = []
+    for signs in ([1.0] * 9, [1.0, -1.0] * 4 + [0.0]):
+        frozen, guard = guarded(network, {"grouped": torch.arange(16) == 0}, images, 4)
+        with torch.no_grad():
+            next(frozen.parameters()).add_(0.1 * torch.tensor(signs).view(1, 1, 3, 3))
+        costs.append(float(guard().detach()))
+    assert costs[1] < costs[0] / 5
+
+
+def test_a_grouped_convolution_reads_its_own_group(networks: ModuleType) -> None:
     network, images = networks.Grouped(), networks.floats(6, (3, 5, 5))
     free = {"grouped": torch.arange(16) % 2 == 0, "conv": torch.arange(16) == 3}
     frozen, guard = guarded(network, free, images, 4)
     disturb(frozen, 0)
     plain = thaw(frozen)
     with torch.no_grad():
-        read = torch.relu(network.conv(images)).permute(0, 2, 3, 1).reshape(-1, 16)
-        total = (plain.conv.weight - network.conv.weight).square().sum()
-        total = total + (plain.conv.bias - network.conv.bias).square().sum()
-        moved = plain.grouped.weight - network.grouped.weight
-        for row in range(16):
-            own = read[:, :8] if row < 8 else read[:, 8:]
-            for at in range(9):
-                total = total + (own @ moved[row].flatten(1)[:, at]).square().mean()
-        total = total + (plain.grouped.bias - network.grouped.bias).square().sum()
+        total = torch.zeros(())
+        for layer, groups in (("conv", 1), ("grouped", 2)):
+            before, after = network.get_submodule(layer), plain.get_submodule(layer)
+            moved = (after.weight - before.weight).double(), (after.bias - before.bias).double()
+            total = total + slid_over_everything(seen_by(network, layer, images), *moved, groups)
     assert float(guard().detach()) == pytest.approx(float(total) / 16, rel=1e-4)
+
+
+def test_positions_and_the_bias_of_a_wide_linear_layer_count_apart(
+    networks: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nss.windows.WIDEST", 8)
+    model = networks.zoo_model("vgg_small")
+    network, images = model.network, networks.floats(6, networks.SHAPE)
+    frozen, guard = guarded(network, {"hidden": torch.arange(256) < 5}, images, 4)
+    disturb(frozen, 1)
+    with torch.no_grad():
+        seen = seen_by(network, "hidden", images).unflatten(1, (128, -1))
+        pairs = zip(folded(thaw(frozen), "hidden", None), folded(network, "hidden", None), strict=True)
+        weight, bias = (after - before for after, before in pairs)
+        weight = weight.unflatten(1, (128, -1))
+        gram = torch.einsum("ncp,ndp->cd", seen, seen) / (seen.shape[0] * seen.shape[2])
+        expected = torch.einsum("ocp,cd,odp->", weight, gram, weight) + bias.square().sum()
+    assert float(guard().detach()) == pytest.approx(float(expected) / 256, rel=1e-4)
+
+
+def test_without_windows_it_says_what_to_do(networks: ModuleType) -> None:
+    network, images = networks.Plain(), networks.floats(6, (1, 3, 3))
+    found = profile(network, (images, torch.arange(6) % 2), ("avg",), classes=["a", "b"], input_shape=(1, 3, 3))
+    frozen = freeze(network, {"head": torch.tensor([True, False])}, (1, 3, 3))
+    with pytest.raises(ProfileError, match=r"head[\s\S]*windows=1"):
+        Guard(frozen, find_sites(network, (1, 3, 3)).anatomy, found)
 
 
 def test_its_gradient_leads_back(networks: ModuleType) -> None:

@@ -12,7 +12,8 @@ from ruamel.yaml import YAML
 from tasks.params import Params, load_params
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+DVC = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+STAGES = DVC["stages"]
 # They decide where things lie, whether settings are allowed and what is logged: nothing in a stage's outputs.
 PLUMBING = {"tasks/params.py", "tasks/workspace.py"}
 
@@ -62,13 +63,29 @@ def test_a_stage_depends_on_exactly_the_code_it_runs(verb: str) -> None:
 
 
 def test_stages_have_a_params_group_a_command_and_an_output_of_their_name() -> None:
-    assert list(STAGES) == list(Params.model_fields) == ["base", "profile", "slice", "restructure", "evaluate"]
+    names = ["base", "profile", "slice", "restructure", "readapt", "evaluate"]
+    assert list(STAGES) == list(Params.model_fields) == names
     for verb, stage in STAGES.items():
         assert (stage["cmd"], stage["params"], stage["outs"]) == (f"nss stage {verb}", [verb], [f"artifacts/{verb}"])
 
 
 def test_the_module_behind_slice_is_no_dependency_of_what_comes_before() -> None:
-    assert [verb for verb in STAGES if "nss/slice.py" in STAGES[verb]["deps"]] == ["slice", "restructure", "evaluate"]
+    assert [verb for verb in STAGES if "nss/slice.py" in STAGES[verb]["deps"]] == list(STAGES)[2:]
+
+
+def test_what_reads_known_batches_only_depends_on_their_names_and_not_on_all_data() -> None:
+    assert [verb for verb in STAGES if "data" in STAGES[verb]["deps"]] == ["base", "readapt", "evaluate"]
+    readers = [verb for verb in STAGES if "nss/data.py" in STAGES[verb]["deps"]]
+    assert readers == list(STAGES)
+    assert [verb for verb in readers if "artifacts/base/source.json" in STAGES[verb]["deps"]] == readers[1:]
+    assert [verb for verb in STAGES if "champion.json" in STAGES[verb]["deps"]] == ["base"]
+
+
+def test_every_table_and_figure_that_dvc_shows_is_an_output_of_a_stage() -> None:
+    shown = [*DVC["metrics"], *(file for plot in DVC["plots"] for each in plot.values() for file in each["y"])]
+    outs = [out for stage in STAGES.values() for out in stage["outs"]]
+    assert [file for file in shown if file.rpartition("/")[0] not in outs] == []
+    assert DVC["metrics"] == [f"{out}/metrics.json" for out in outs]
 
 
 def test_what_stands_in_params_yaml_is_allowed() -> None:

@@ -12,6 +12,7 @@ from prefect.testing.utilities import prefect_test_harness
 
 from nss.data import load_data
 from nss.errors import NssError
+from nss.files import write_json
 from nss.ingest import demo
 from nss.model import build_model, load_model, save_model
 from nss.profile import METRICS, Profile, profile
@@ -37,11 +38,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     data = load_data(found.data)
     model = build_model("nss.zoo:lenet", data.classes, data.image_shape, seed=0)
     save_model(model, found.out("base") / "model")
+    write_json(found.out("base") / "source.json", {"batches": [batch.digest for batch in data.batches]})
     return found
 
 
 def settings(**changes: object) -> ProfileParams:
-    fixed = {"metrics": list(METRICS), "split": "train", "samples_per_class": 70, "batch_size": 64}
+    fixed = {"metrics": list(METRICS), "split": "train", "samples_per_class": 70, "batch_size": 64, "windows": 0}
     return ProfileParams(**{**fixed, "device": "cpu", "bf16": False, "shards": 4, "dask": None, **changes})
 
 

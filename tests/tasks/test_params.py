@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any, get_args
 
@@ -8,6 +9,7 @@ import pytest
 from nss.critical import RULES
 from nss.errors import ParamsError
 from nss.profile import METRICS
+from nss.readapt import readapt
 from nss.restructure import BUDGETS
 from nss.slice import LINKAGES
 from tasks.params import Budget, Linkage, Metric, Rule, load_params
@@ -28,6 +30,7 @@ GOOD: dict[str, dict[str, str]] = {
         "split": "train",
         "samples_per_class": "null",
         "batch_size": "128",
+        "windows": "4",
         "device": "auto",
         "bf16": "false",
         "shards": "1",
@@ -51,6 +54,18 @@ GOOD: dict[str, dict[str, str]] = {
         "learning_rate": "1e-2",
         "distil": "true",
         "curve": "[]",
+        "seed": "0",
+    },
+    "readapt": {
+        "when": "always",
+        "share": "0.2",
+        "guard": "3",
+        "learning_rate": "5e-3",
+        "epochs": "10",
+        "batch_size": "64",
+        "replay": "0",
+        "distil": "0",
+        "patience": "5",
         "seed": "0",
     },
     "evaluate": {"split": "test", "batch_size": "500"},
@@ -110,6 +125,7 @@ def test_good_parameters_are_read_with_their_types(tmp_path: Path) -> None:
         ("profile.device", "tpu", "'tpu'", "auto, cpu, cuda or mps"),
         ("profile.bf16", "1", "1", "true or false"),
         ("profile.shards", "0", "0", "a whole number from 1 to 10000"),
+        ("profile.windows", "-1", "-1", "a whole number from 0 to 1000000: of one image in so many"),
         ("profile.dask", "localhost", "'localhost'", "address of a scheduler like tcp://host:8786, or null"),
         ("slice.layers", "[]", "[]", "a list of layers whose neurons decide about merging, or null for all"),
         ("profile.samples_per_class", "0", "0", "a whole number from 1, or null for all"),
@@ -119,6 +135,11 @@ def test_good_parameters_are_read_with_their_types(tmp_path: Path) -> None:
         ("slice.n_slices", "1.0", "1.0", "a whole number from 1, or null"),
         ("slice.distance_threshold", "-0.1", "-0.1", "a number from 0 to 1, or null"),
         ("slice.linkage", "ward", "'ward'", "average, complete or single"),
+        ("readapt.when", "triage", "'triage'", "always or never"),
+        ("readapt.share", "0", "0", "a share above 0, at most 1: the most of all weights to train"),
+        ("readapt.guard", "-1", "-1", "a number from 0 to 1000000: weight of the old behaviour"),
+        ("readapt.patience", "0", "0", "a whole number from 1 to 10000"),
+        ("readapt.replay", "1.5", "1.5", "a share from 0 to 1: of the old images, to train on again"),
         ("evaluate.split", "train", "'train'", "val or test"),
     ],
 )
@@ -176,6 +197,28 @@ def test_a_metric_that_is_not_gathered_cannot_be_sliced_by(tmp_path: Path) -> No
 def test_two_ways_to_cut_the_tree_at_once_are_refused(tmp_path: Path) -> None:
     (problem,) = problems(write(tmp_path / "params.yaml", {"slice.n_slices": "4"}))
     assert problem == "slice: n_slices and distance_threshold are both given; allowed: one of them, the other null"
+
+
+def test_answers_of_the_original_without_images_to_answer_are_refused(tmp_path: Path) -> None:
+    (problem,) = problems(write(tmp_path / "params.yaml", {"readapt.distil": "0.5"}))
+    assert problem == "readapt.distil: 0.5 is not allowed without replay; allowed: 0, or a replay above 0"
+    assert load_params(write(tmp_path / "params.yaml", {"readapt.distil": "0.5", "readapt.replay": "0.1"}))
+
+
+def test_a_guard_needs_what_the_profile_gathers_for_it(tmp_path: Path) -> None:
+    path, without = tmp_path / "params.yaml", {"profile.windows": "0"}
+    (problem,) = problems(write(path, without))
+    assert problem == (
+        "profile.windows: 0 is not allowed with readapt.guard above 0, which needs them; allowed: from 1"
+    )
+    for change in ({"readapt.guard": "0"}, {"readapt.when": "never"}):
+        assert load_params(write(path, {**without, **change})).profile.windows == 0
+
+
+def test_every_setting_of_readapt_is_one_of_the_library(tmp_path: Path) -> None:
+    known = inspect.signature(readapt).parameters
+    settings = load_params(write(tmp_path / "params.yaml")).readapt.model_dump(exclude={"when"})
+    assert [name for name in settings if name not in known] == []
 
 
 def test_a_metric_named_twice_is_refused(tmp_path: Path) -> None:

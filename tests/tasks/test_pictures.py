@@ -147,6 +147,30 @@ def test_the_size_curve_marks_the_chosen_model() -> None:
     renders(figure)
 
 
+def test_neurons_that_were_tuned_are_called_so() -> None:
+    (axes,) = pictures.kept_neurons({"tuned": {"c1": 3}}, {"c1": 4}, "tuned").axes
+    assert axes.get_title(loc="left") == "neurons tuned by layer"
+
+
+def test_following_shows_new_and_old_accuracy_and_the_epoch_that_was_kept() -> None:
+    figure = pictures.following_curve([(0, 0.2, 0.9), (1, 0.6, 0.7), (2, 0.8, 0.85)], 2)
+    (axes,) = figure.axes
+    new, old, kept = axes.get_lines()
+    assert new.get_xydata().tolist() == [[0, 0.2], [1, 0.6], [2, 0.8]]
+    assert old.get_xydata().tolist() == [[0, 0.9], [1, 0.7], [2, 0.85]]
+    assert list(kept.get_xdata()) == [2, 2]
+    assert texts(axes.get_legend().get_texts()) == ["new", "old", "kept"]
+    assert axes.get_title(loc="left") == "accuracy while following new images, epoch 2 kept"
+    renders(figure)
+
+
+@pytest.mark.parametrize(("row", "drawn"), [((None, 0.9), ["old"]), ((0.5, None), ["new"]), ((None, None), [])])
+def test_following_without_held_out_images_leaves_their_line_out(row: tuple, drawn: list[str]) -> None:
+    figure = pictures.following_curve([(0, *row), (1, *row)], 1)
+    assert texts(figure.axes[0].get_legend().get_texts()) == [*drawn, "kept"]
+    renders(figure)
+
+
 def test_the_change_of_classes_has_the_worst_loss_on_top_and_losses_in_red() -> None:
     figure = pictures.class_change({"cat": (0.9, 0.95), "car": (0.8, 0.7), "dog": (0.5, 0.5)})
     (axes,) = figure.axes

@@ -26,6 +26,13 @@ def test_stages_come_after_what_they_depend_on(toy: Workspace) -> None:
     assert Pipeline(toy).stages() == ("first", "second")
 
 
+def test_of_stages_that_could_both_come_next_the_first_in_dvc_yaml_does(toy: Workspace) -> None:
+    text = (toy.root / "dvc.yaml").read_text()
+    more = "".join(f"  {name}:\n    cmd: touch {name}\n    deps: [first.txt]\n    outs: [{name}]\n" for name in "zya")
+    (toy.root / "dvc.yaml").write_text(text + more)
+    assert Pipeline(toy).stages() == ("first", "second", "z", "y", "a")
+
+
 def test_a_first_reproduction_executes_and_a_second_finds_all_there(toy: Workspace) -> None:
     pipeline = Pipeline(toy)
     assert not pipeline.is_clean("first")

@@ -11,7 +11,16 @@ import torch
 from nss.files import write_json
 from nss.slice import SemanticSlice, SemanticSlices
 from tasks import journal
-from tasks.params import BaseParams, EvaluateParams, Params, ProfileParams, RestructureParams, SliceParams
+from tasks.champion import unpin_champion
+from tasks.params import (
+    BaseParams,
+    EvaluateParams,
+    Params,
+    ProfileParams,
+    ReadaptParams,
+    RestructureParams,
+    SliceParams,
+)
 from tasks.pipeline import StageKey
 from tasks.tables import write_csv
 from tasks.tracking import Tracker
@@ -34,6 +43,7 @@ PARAMS = Params(
         split="train",
         samples_per_class=None,
         batch_size=8,
+        windows=1,
         device="cpu",
         bf16=False,
         shards=1,
@@ -59,15 +69,28 @@ PARAMS = Params(
         curve=[],
         seed=0,
     ),
+    readapt=ReadaptParams(
+        when="always",
+        share=0.2,
+        guard=3,
+        learning_rate=0.01,
+        epochs=2,
+        batch_size=8,
+        replay=0,
+        distil=0,
+        patience=1,
+        seed=0,
+    ),
     evaluate=EvaluateParams(split="test", batch_size=8),
 )
 
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
-    """Outputs of all stages, no restructuring: three classes, two slices, one layer of four neurons."""
+    """Outputs of all stages, nothing to restructure or follow: three classes, two slices, one layer of four neurons."""
     workspace = Workspace(tmp_path / "workspace")
-    base, profile, cut, restructure, evaluate = (workspace.out(verb) for verb in Params.model_fields)
+    base, profile, cut, restructure, readapt, evaluate = (workspace.out(verb) for verb in Params.model_fields)
+    unpin_champion(workspace)
     write_json(base / "metrics.json", {"loss": 0.1, "val_accuracy": 0.75})
     write_csv(
         base / "history.csv",
@@ -76,7 +99,8 @@ def workspace(tmp_path: Path) -> Workspace:
     )
     write_json(base / "model" / "model.json", {})
     write_json(profile / "metrics.json", {"neurons": 4})
-    write_json(restructure / "metrics.json", {"done": 0})
+    for folder in (restructure, readapt):
+        write_json(folder / "metrics.json", {"done": 0})
     masks = [torch.tensor([True, True, False, False]), torch.tensor([False, True, True, True])]
     parts = (
         SemanticSlice("slice-0", ("a", "c"), (0, 2), {"conv": masks[0]}),
@@ -174,6 +198,76 @@ def test_logging_that_broke_off_is_completed_without_a_second_run(tracker, works
     assert sorted(run.info.status for run in runs(tracker)) == ["RUNNING", "RUNNING"]
     fill(tracker, workspace, "slice")
     assert [run.info.status for run in runs(tracker)] == ["FINISHED"] * 3
+
+
+@pytest.fixture
+def followed(workspace: Workspace) -> Workspace:
+    """Two epochs of following, the first kept; class c has no new images."""
+    folder = workspace.out("readapt")
+    write_json(folder / "metrics.json", {"done": 1, "moved_share": 0.1, "new_accuracy": None, "kept_epoch": 1})
+    write_json(folder / "result.json", {"done": True, "why": "all epochs done"})
+    write_json(folder / "model" / "model.json", {})
+    write_csv(folder / "curve.csv", ["epoch", "new", "old"], [(0, 0.25, 0.75), (1, 0.5, 0.625), (2, 0.5, 0.5)])
+    write_csv(folder / "tuned.csv", ["layer", "tuned", "total"], [("conv", 2, 4), ("head", 0, 3)])
+    rows = [("a", 1.0, 0.75, 0.0, 0.5), ("b", 0.5, 0.5, 0.25, 0.125), ("c", 0.5, 1.0, None, None)]
+    write_csv(folder / "change.csv", ["class", "old_before", "old_after", "new_before", "new_after"], rows)
+    return workspace
+
+
+def test_following_is_logged_over_steps_from_the_original_on(tracker, followed) -> None:
+    run = tracker.client.get_run(fill(tracker, followed, "readapt"))
+    for name, values in (("epoch_new", [0.25, 0.5, 0.5]), ("epoch_old", [0.75, 0.625, 0.5])):
+        points = tracker.client.get_metric_history(run.info.run_id, name)
+        assert [(each.step, each.value) for each in points] == list(enumerate(values))
+    assert (run.data.metrics["moved_share"], run.data.params["guard"]) == (0.1, "3.0")
+    assert "new_accuracy" not in run.data.metrics
+
+
+def test_following_has_the_change_of_each_class_that_has_images_and_the_tuned_neurons(tracker, followed) -> None:
+    run = tracker.client.get_run(fill(tracker, followed, "readapt"))
+    found = {name: value for name, value in run.data.metrics.items() if "/" in name}
+    assert found == {
+        "class_change_old/a": -0.25,
+        "class_change_old/b": 0,
+        "class_change_old/c": 0.5,
+        "class_change_new/a": 0.5,
+        "class_change_new/b": -0.125,
+        "tuned/conv": 2,
+        "tuned/head": 0,
+    }
+
+
+def test_following_has_its_model_pictures_and_tables(tracker, followed) -> None:
+    run = tracker.client.get_run(fill(tracker, followed, "readapt"))
+    (output,) = run.outputs.model_outputs
+    assert tracker.client.get_logged_model(output.model_id).name == "readapted"
+    files = {file.path for file in tracker.client.list_artifacts(run.info.run_id)}
+    pictures = {"learning_curve.png", "tuned_neurons.png", "class_change_old.png", "class_change_new.png"}
+    assert files >= pictures | {"curve.csv", "tuned.csv", "change.csv", "result.json", "metrics.json"}
+
+
+def test_without_held_out_images_following_is_logged_all_the_same(tracker, followed) -> None:
+    folder = followed.out("readapt")
+    write_csv(folder / "curve.csv", ["epoch", "new", "old"], [(0, None, None), (1, None, None)])
+    rows = [(name, None, None, None, None) for name in "abc"]
+    write_csv(folder / "change.csv", ["class", "old_before", "old_after", "new_before", "new_after"], rows)
+    run = tracker.client.get_run(fill(tracker, followed, "readapt"))
+    assert run.info.status == "FINISHED"
+    files = {file.path for file in tracker.client.list_artifacts(run.info.run_id)}
+    assert {name for name in files if name.endswith(".png")} == {"learning_curve.png", "tuned_neurons.png"}
+
+
+def test_a_stage_that_had_nothing_to_do_has_no_model_and_no_pictures(tracker, workspace) -> None:
+    run = tracker.client.get_run(fill(tracker, workspace, "readapt"))
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"done": 0})
+    assert not (run.outputs and run.outputs.model_outputs)
+    assert {file.path for file in tracker.client.list_artifacts(run.info.run_id)} == {"metrics.json"}
+
+
+def test_the_run_of_a_pinned_base_model_names_the_champion(tracker, workspace) -> None:
+    write_json(workspace.pin, {"name": "digits", "version": 3, "model": "m", "batches": ["b"]})
+    run = tracker.client.get_run(fill(tracker, workspace, "base"))
+    assert run.data.tags["nss.champion"] == "digits version 3"
 
 
 def test_confusion_and_class_accuracies_of_the_evaluation_are_logged(tracker, workspace) -> None:

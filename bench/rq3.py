@@ -1,0 +1,248 @@
+"""RQ3 of the paper: re-adaptation to drift, to adversarial images and of damaged models, against its baselines.
+
+What is measured is kept in four parts: the baselines (rows/rq3-peers of the cache), ours (rq3-nss), the time to the
+target (rq3-time) and that of a step (rq3-step-time). To measure one again, on a quiet machine or after a change, remove
+its folder.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.common import Report, Row, Settings, mean_and_spread, resumed, show
+from bench.readapt_cases import ATTACK, DRIFT, EPS, MAIN, NEW, OTHERS, PER_CLASS, PGD_STEPS, REPAIR, Subject
+from bench.readapt_peers import LAST, PEERS, THRESHOLD
+from bench.readapt_points import BATCH, FRESH, MARGIN, OURS, SHARE, TURNS, Grid, Points, to_target
+from bench.step_time import BATCH as STEP_BATCH
+from bench.step_time import REPEATS, step_times
+from nss.model import model_digest
+
+STEP_TIME = "nss.zoo:vgg_small"
+_TRAINED = ("full", "last", "deeparc")
+# Moving statistics are better in some networks, fixed ones in others.
+_EITHER = {**dict.fromkeys(_TRAINED, (False, True)), "batchnorm": (True,)}
+WHOLE = Grid(
+    epochs=10,
+    rates={
+        **dict.fromkeys(_TRAINED, (0.0015, 0.003, 0.006)),
+        "batchnorm": (0.01, 0.03, 0.1),
+        OURS: (0.0075, 0.015),
+    },
+    guards=(0.0, 0.3, 1.0, 3.0),
+    statistics=_EITHER,
+    held_out=1000,
+    test=10_000,
+)
+SMALL = Grid(
+    epochs=5,
+    rates={
+        **dict.fromkeys(("full", "deeparc"), (0.002, 0.005)),
+        "last": (0.004,),
+        "batchnorm": (0.02, 0.05),
+        OURS: (0.0075, 0.015),
+    },
+    guards=(0.3, 1.0),
+    statistics=_EITHER,
+    held_out=500,
+    test=1000,
+)
+# For a look: each baseline once, with fixed statistics where other weights are trained.
+TINY = replace(
+    SMALL,
+    rates={**dict.fromkeys(_TRAINED, (0.004,)), "batchnorm": (0.05,), OURS: SMALL.rates[OURS]},
+    statistics={**dict.fromkeys(_TRAINED, (False,)), "batchnorm": (True,)},
+)
+CASES = {MAIN: WHOLE, **dict.fromkeys(OTHERS, SMALL)}
+QUICK = dict.fromkeys((MAIN, (ATTACK, "fgsm"), (REPAIR, "drop 0.3")), TINY)
+SUBJECT = ("data", "model", "seed")
+BY = ("data", "model", "situation", "setting", "method")
+ACCURACIES = ("new_accuracy", "old_accuracy", "fresh_accuracy")
+AGAINST = ("full", "deeparc")
+AHEAD = tuple(f"{part}_vs_{peer}" for peer in AGAINST for part in ("new", "old"))
+FRESH_AHEAD = tuple(f"fresh_vs_{peer}" for peer in AGAINST)
+TIMES = ("seconds", "reached", "steps_to_target", "seconds_to_target", "time_vs_full")
+ORIGINAL = ("original_new", "original_old")
+VALUES = (*ACCURACIES, *ORIGINAL, "new_val", "old_val", *AHEAD, *FRESH_AHEAD, "trained_share", "steps", *TIMES)
+ALL = "all"
+TABLES = {
+    "accuracy on test images": ("new_accuracy", "old_accuracy", *AHEAD),
+    "attacks on the adapted model": ("fresh_accuracy", *FRESH_AHEAD),
+    "cost": ("trained_share", "steps", *TIMES),
+}
+PROTOCOL = {
+    "samples": f"the first {NEW} validation images, changed, are trained on; of those behind them {WHOLE.held_out} "
+    f"({SMALL.held_out} outside the main case), changed, choose epoch, learning rate and guard: new_val",
+    DRIFT: f"nss.drift, kind and strength; {MAIN[1]!r} is the main case, on the whole grid",
+    ATTACK: f"eps {EPS}, pgd {PGD_STEPS} steps of eps/4 from a random start; made on the base model and rounded to 8 "
+    "bits; a gradient of the true label leaks it (arXiv 1611.01236), so that new accuracy alone can be won by reading "
+    f"the attack: fresh_accuracy is of attacks on the adapted model itself, {FRESH} clean test images",
+    REPAIR: "nss.mutants; new: clean images; old: those of the held-out ones that the damaged model answers right",
+    "old": "the same held-out images before the change: old_val; the same of the test split: old_accuracy",
+    "training": f"Adam, one cycle, batches of {BATCH} in the same order, {WHOLE.epochs} epochs ({SMALL.epochs} outside "
+    "the main case) for every method, no early stop; no old image is trained on",
+    "baselines": f"full; last: the last {LAST} layers; batchnorm: scale, shift and statistics; deeparc: modules of "
+    f"neighbours with a CKA above {THRESHOLD}, lowered until there are at most half as many modules as layers, the "
+    "first layers of the modules trained; full, last and deeparc each with the statistics of the BatchNorms that they "
+    "train fixed and moving, whichever is better",
+    "nss": f"share {SHARE}; profile of the first {PER_CLASS} training images of each category, not counted in its "
+    "seconds; no old data",
+    "choice": "on validation, for each case and seed: a baseline by its best new_val; nss: of the points with at least "
+    f"full's best new_val - {MARGIN} the one with the best old_val, where there is none the best new_val",
+    "judged on": f"test images, the chosen points alone, once: the whole test split, {SMALL.test} of it outside the "
+    "main case; the frontier of all points is on validation",
+    "target": f"full's best new_val - {MARGIN}; the first epoch that reaches it, judging included",
+    "seconds": f"main case, chosen points of full and nss, medians of {TURNS} runs in turn; nss: on a line from a run "
+    "of one epoch to the run itself, so that its choice of neurons counts in full; time_vs_full: share of full's "
+    "seconds to the target, of those that reach it",
+    "vs": "new, old and fresh accuracy of nss less that of the baseline; situation all: mean over all cases",
+    "step time": f"median milliseconds of {REPEATS} steps in turn, batches of {STEP_BATCH}, Adam; free: share {SHARE}",
+}
+
+
+def run(settings: Settings) -> Report:
+    """Measure every combination; finished parts are taken from the cache."""
+    report = Report(settings, {**PROTOCOL, "threads": torch.get_num_threads()})
+    times: list[Row] = []
+    for name, factory, seed in settings.subjects():
+        subject = Subject(name, factory, seed)
+        for case, grid in (QUICK if settings.quick else CASES).items():
+            report.rows += _case(subject, case, grid)
+        if factory == STEP_TIME:
+            times += _step_times(subject)
+    report.summary = summarised([row for row in report.rows if row["chosen"]])
+    for title, columns in TABLES.items():
+        show(f"re-adaptation: {title}", [row for row in report.summary if columns[0] in row], [*BY[1:], *columns])
+    steps = mean_and_spread(times, ["data", "model", "step"], ["trained_share", "milliseconds", "of_full"])
+    show("time of a step", steps, ["data", "model", "step", "trained_share", "milliseconds", "of_full", "of_full_sd"])
+    report.rows += times
+    report.summary += steps
+    return report
+
+
+def _case(subject: Subject, case: tuple[str, str], grid: Grid) -> list[Row]:
+    situation, setting = case
+    identity = {"data": subject.name, "model": subject.factory, "seed": subject.seed}
+    identity |= {"situation": situation, "setting": setting}
+    key = {**identity, "weights": model_digest(subject.model), "grid": str(grid), "new": NEW}
+    key |= {"attack": [EPS, PGD_STEPS, FRESH], "nss": [SHARE, PER_CLASS], "peers": [LAST, THRESHOLD], "batch": BATCH}
+
+    @cache
+    def points() -> Points:
+        return Points(subject, subject.case(situation, setting, grid.held_out), grid)
+
+    peers = resumed("rq3-peers", key, lambda: [{**identity, **row} for row in points().peers()])
+    target = round(max(row["new_val"] for row in peers if row["method"] == "full") - MARGIN, 9)
+    ours = resumed("rq3-nss", {**key, "target": target}, lambda: [{**identity, **row} for row in points().ours(target)])
+    rows = [*peers, *ours]
+    if case == MAIN:
+        rows = _timed(rows, key, points)
+    return [{**row, "target": target, **to_target(row, target)} for row in rows]
+
+
+def _timed(rows: Sequence[Row], key: Row, points: Callable[[], Points]) -> list[Row]:
+    """Time the chosen points of full retraining and ours; the others stay without times."""
+    chosen = [next(row for row in rows if row["chosen"] and row["method"] == method) for method in ("full", OURS)]
+    key = {**key, "rows": chosen, "threads": torch.get_num_threads()}
+    timed = resumed("rq3-time", key, lambda: points().timed(*chosen))
+    return [*(row for row in rows if row not in chosen), *timed]
+
+
+def _step_times(subject: Subject) -> list[Row]:
+    identity = {"data": subject.name, "model": subject.factory, "seed": subject.seed}
+    key = {**identity, "weights": model_digest(subject.model), "share": SHARE, "threads": torch.get_num_threads()}
+    return resumed("rq3-step-time", key, lambda: [{**identity, **row} for row in step_times(subject, SHARE)])
+
+
+def summarised(chosen: Sequence[Row]) -> list[Row]:
+    """Means and spreads over the seeds of the chosen points, for each case and over all cases."""
+    compared = with_differences(chosen)
+    means = mean_and_spread(compared, [*SUBJECT, "method"], VALUES)
+    return mean_and_spread([*compared, *({**row, "situation": ALL, "setting": ALL} for row in means)], BY, VALUES)
+
+
+def with_differences(chosen: Sequence[Row]) -> list[Row]:
+    """Return the chosen points; ours with how far they are ahead of full and DeepArc in the same case and seed."""
+    rows = []
+    for row in chosen:
+        same = {
+            other["method"]: other
+            for other in chosen
+            if all(other[name] == row[name] for name in (*SUBJECT, "situation", "setting"))
+        }
+        rows.append({**row, **(_differences(row, same) if row["method"] == OURS else {}), **_share_of_time(row, same)})
+    return rows
+
+
+def _differences(row: Row, same: dict[str, Row]) -> Row:
+    return {
+        f"{part}_vs_{peer}": row[f"{part}_accuracy"] - same[peer][f"{part}_accuracy"]
+        for peer in AGAINST
+        for part in ("new", "old", "fresh")
+        if f"{part}_accuracy" in row
+    }
+
+
+def _share_of_time(row: Row, same: dict[str, Row]) -> Row:
+    own, full = row.get("seconds_to_target"), same["full"].get("seconds_to_target")
+    return {"time_vs_full": own / full if own is not None and full else None}
+
+
+def draw(report: Report, path: Path) -> None:
+    """Left the frontier of the main case on validation; right, for each case, how far ahead the chosen points are."""
+    points = [row for row in report.rows if "method" in row]
+    panels = list(dict.fromkeys((row["data"], row["model"]) for row in points))
+    figure = Figure(figsize=(11, 4.4 * len(panels)), layout="constrained")
+    grid = figure.subplots(len(panels), 2, squeeze=False)
+    for (left, right), panel in zip(grid, panels, strict=True):
+        title = f"{panel[1].partition(':')[2]}, {panel[0]}"
+        of_panel = [row for row in points if (row["data"], row["model"]) == panel]
+        _frontier(left, [row for row in of_panel if (row["situation"], row["setting"]) == MAIN])
+        left.set(title=f"{title}: {MAIN[1]}", xlabel="old accuracy, validation", ylabel="new accuracy, validation")
+        _ahead(right, with_differences([row for row in of_panel if row["chosen"]]))
+        right.set(title=f"{title}: nss less a baseline, test", xlabel="old accuracy", ylabel="new accuracy")
+        left.legend(fontsize=7)
+        right.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def _frontier(axes: Axes, rows: Sequence[Row]) -> None:
+    """Mean of each point over seeds; a ring around those that are chosen for any seed."""
+    by = ("method", "learning_rate", "guard", "statistics")
+    for place, method in enumerate((*PEERS, OURS)):
+        own = [row for row in rows if row["method"] == method]
+        means = mean_and_spread(
+            [{**row, "chosen": float(row["chosen"])} for row in own], by, ["new_val", "old_val", "chosen"]
+        )
+        color = f"C{place}"
+        axes.scatter(*_columns(means), s=18, color=color, label=method)
+        axes.scatter(*_columns([row for row in means if row["chosen"]]), s=80, facecolors="none", edgecolors=color)
+
+
+def _columns(rows: Sequence[Row]) -> tuple[list[Any], list[Any]]:
+    return [row["old_val"] for row in rows], [row["new_val"] for row in rows]
+
+
+def _ahead(axes: Axes, rows: Sequence[Row]) -> None:
+    """A mark for each case: differences to a baseline, mean over seeds. Dotted: what is asked against full."""
+    own = mean_and_spread([row for row in rows if row["method"] == OURS], ("situation", "setting"), AHEAD)
+    marks = {DRIFT: "o", ATTACK: "^", REPAIR: "s"}
+    for place, peer in enumerate(AGAINST):
+        for situation, mark in marks.items():
+            of_kind = [row for row in own if row["situation"] == situation]
+            each = [[row[f"{part}_vs_{peer}"] for row in of_kind] for part in ("old", "new")]
+            if of_kind:
+                axes.scatter(*each, marker=mark, color=f"C{place}", label=f"{situation}, less {peer}")
+        if own:
+            old, new = (statistics.fmean(row[f"{part}_vs_{peer}"] for row in own) for part in ("old", "new"))
+            axes.scatter(old, new, marker="x", s=90, color=f"C{place}", label=f"mean, less {peer}")
+    axes.axhline(-MARGIN, color="grey", linestyle=":")
+    axes.axvline(0.02, color="grey", linestyle=":")

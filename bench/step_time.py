@@ -1,0 +1,79 @@
+"""The time of a training step with some neurons free beside a full step, in turn on the same batch."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.common import Row
+from bench.readapt_cases import Subject
+from nss.freeze import freeze
+from nss.guard import Guard
+from nss.model import network_of
+from nss.sites import find_sites
+from nss.size import count_parameters
+from nss.tunable import tunable_neurons
+
+BATCH, REPEATS, WARM_UP = 128, 40, 5
+CHOOSING = 500
+FULL = "full"
+
+
+def step_times(subject: Subject, share: float) -> list[Row]:
+    """Return the median milliseconds of a full step and of one with `share` of the weights free, and of its guard."""
+    samples = subject.first("val", 0, CHOOSING)
+    images, labels = samples.images[:BATCH], samples.labels[:BATCH]
+    known, slices = subject.known
+    frozen = freeze(subject.model, tunable_neurons(subject.model, slices, samples.images, samples.labels, share))
+    anatomy = find_sites(network_of(subject.model), subject.model.spec.input_shape).anatomy
+    guard = Guard(frozen, anatomy, known)
+    steps = {
+        FULL: _stepper(copy.deepcopy(subject.model).requires_grad_(), images, labels, None),
+        "free": _stepper(copy.deepcopy(frozen), images, labels, None),
+        "free, guarded": _stepper(frozen, images, labels, guard),
+    }
+    found = interleaved(steps)
+    trained = count_parameters(frozen) / count_parameters(subject.model)
+    shares = {FULL: 1.0}
+    return [
+        {
+            "step": name,
+            "trained_share": shares.get(name, trained),
+            "milliseconds": milliseconds,
+            "of_full": milliseconds / found[FULL],
+        }
+        for name, milliseconds in found.items()
+    ]
+
+
+def interleaved(steps: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Return the median milliseconds of each step, taken in turn so that what else the machine does hits all alike."""
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(WARM_UP + REPEATS):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            taken[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(each[WARM_UP:]) for name, each in taken.items()}
+
+
+def _stepper(model: nn.Module, images: Tensor, labels: Tensor, guard: Guard | None) -> Callable[[], None]:
+    """Return a whole step of Adam: forward, backward, update; the learning rate is too small to get anywhere."""
+    optimizer = torch.optim.Adam(model.parameters(), 1e-6)
+    model.train()
+
+    def step() -> None:
+        loss = F.cross_entropy(model(images), labels)
+        if guard is not None:
+            loss = loss + guard()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step

@@ -1,0 +1,73 @@
+"""Lines for a terminal, and the figures of a cycle, from results that were written by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flows.maintain import CycleReport, StageReport, figures_of
+from flows.show import stage_line, summary
+from nss.files import write_json
+from tasks.workspace import Workspace
+
+
+def report(stage: str, metrics: dict[str, float | None]) -> StageReport:
+    return StageReport(stage, "executed", 1.25, "run", metrics)
+
+
+@pytest.mark.parametrize(
+    ("stage", "metrics", "text"),
+    [
+        ("base", {"val_accuracy": 0.987}, "validation accuracy 98.7%"),
+        ("readapt", {"done": 1, "new_accuracy": 0.5}, "new images 50.0%"),
+        ("readapt", {"done": 1, "new_accuracy": None}, ""),
+        ("readapt", {"done": 0}, "nothing to do"),
+        ("restructure", {"done": 1, "macs_kept": 0.5}, "50% of the multiply-adds"),
+        ("restructure", {"done": 0}, "nothing to do"),
+        ("unheard-of", {"x": 1}, ""),
+    ],
+)
+def test_a_stage_has_one_line_with_the_figure_that_people_look_at_first(
+    stage: str, metrics: dict[str, float | None], text: str
+) -> None:
+    assert stage_line(report(stage, metrics)) == f"{stage:<11} Executed     1.2 s  {text}".rstrip()
+
+
+def test_figures_of_a_cycle_leave_out_what_could_not_be_measured() -> None:
+    stages = (report("base", {"loss": 0.5}), report("readapt", {"done": 1, "new_accuracy": None}))
+    assert figures_of(stages) == {"base/loss": 0.5, "readapt/done": 1}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    """Results in which nothing was restructured or followed."""
+    found = Workspace(tmp_path)
+    model = {"accuracy": 0.9, "images": 10, "worst_class": "cat", "worst_accuracy": 0.8}
+    slices = {"vote_accuracy": 0.7, "slices": []}
+    write_json(found.out("evaluate") / "evaluation.json", {"model": model, "slices": slices})
+    write_json(found.out("evaluate") / "metrics.json", {"accuracy": 0.9})
+    for verb in ("restructure", "readapt"):
+        write_json(found.out(verb) / "metrics.json", {"done": 0})
+    return found
+
+
+def lines(workspace: Workspace) -> list[str]:
+    cycle = CycleReport((), "run", "sqlite:///store", "1", "")
+    return summary(cycle, workspace, is_temporary=True).splitlines()
+
+
+def test_a_summary_is_silent_about_what_was_not_done(workspace: Workspace) -> None:
+    assert "accuracy    90.00% on 10 held-out images" in lines(workspace)
+    assert [line for line in lines(workspace) if line.startswith(("smaller", "readapted"))] == []
+
+
+def test_a_summary_tells_new_and_old_accuracy_before_and_after_following(workspace: Workspace) -> None:
+    write_json(workspace.out("readapt") / "metrics.json", {"done": 1, "moved_share": 0.2})
+    scores = {"accuracy": 0.9, "readapted_accuracy": 0.89}
+    write_json(workspace.out("evaluate") / "metrics.json", scores)
+    assert "readapted   old images 90.00% -> 89.00%, 20% of the weights moved" in lines(workspace)
+    scores |= {"new_accuracy": 0.25, "readapted_new_accuracy": 0.75}
+    write_json(workspace.out("evaluate") / "metrics.json", scores)
+    expected = "new images 25.00% -> 75.00%, old images 90.00% -> 89.00%, 20% of the weights moved"
+    assert f"readapted   {expected}" in lines(workspace)
