@@ -18,6 +18,8 @@ BENCHES = {
     "restructure": (["fashion-mnist"], ["nss.zoo:vgg_small", "nss.zoo:resnet20"]),
     "rq2": (["fashion-mnist", "cifar10"], ["nss.zoo:vgg_small", "nss.zoo:resnet20"]),
     "rq3": (["fashion-mnist"], ["nss.zoo:vgg_small", "nss.zoo:resnet20"]),
+    "triage": (["digits"], ["nss.zoo:lenet", "nss.zoo:vgg_small"]),
+    "rq4": (["mnist", "fashion-mnist", "cifar10"], ["nss.zoo:vgg_small", "nss.zoo:resnet20"]),
 }
 
 

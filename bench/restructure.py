@@ -36,7 +36,9 @@ from nss.statistics import retake_statistics
 from nss.steps import first_of_each, training_images
 
 BUDGETS = (0.5, 0.25, 0.1)
-OURS = ("nss", "nss-cut")
+OURS = ("nss", "nss-8", "nss-cut")
+ALIGNED = 8
+"""channels that a layer of nss-8 keeps a multiple of"""
 QUICK = ("nss", "tp-magnitude-local", "tp-taylor-local")
 PER_CLASS = 500
 CALIBRATION = 400
@@ -57,7 +59,8 @@ TABLES = {
 }
 PROTOCOL = {
     "budget": "share of the multiply-adds; torch-pruning's ratio is bisected to come closest, above or below",
-    "nss": "merged into the kept neurons and refitted; nss-cut: the same neurons kept, the rest only cut",
+    "nss": "merged into the kept neurons and refitted; nss-8: layers keep multiples of 8, all but one; nss-cut: the "
+    "neurons of nss kept, the rest only cut",
     "peers": f"torch-pruning's defaults in one step, at most {CAP:.0%} of a layer, the head stays",
     "seen": f"profile and Taylor gradients: first {PER_CLASS} training images of each category",
     "statistics": f"BatchNorm taken again on the first {CALIBRATION} training images of each category (nss-cut, peers)",
@@ -136,7 +139,7 @@ class _Subject:
         return taylor_gradients(self.model, *first_of_each(*self.train, PER_CLASS))
 
     @cached_property
-    def restructured(self) -> dict[float, Restructured]:
+    def restructured(self) -> dict[tuple[float, int], Restructured]:
         return {}
 
     def prepare(self, method: str) -> None:
@@ -148,12 +151,14 @@ class _Subject:
         if method in PEERS:
             gradients = self.gradients if "taylor" in method else {}
             return prune(self.model, method, budget, gradients, self.calibration)
-        if budget not in self.restructured:
-            found = restructure(self.model, self.slices, self.data, self.profiled, macs=budget, seed=self.seed)
-            self.restructured[budget] = found
-        if method == "nss":
-            return copy.deepcopy(self.restructured[budget].model)
-        smaller = remove(self.model, self.restructured[budget].plan.neurons())
+        how = budget, ALIGNED if method == "nss-8" else 1
+        if how not in self.restructured:
+            self.restructured[how] = restructure(
+                self.model, self.slices, self.data, self.profiled, macs=budget, multiple=how[1], seed=self.seed
+            )
+        if method != "nss-cut":
+            return copy.deepcopy(self.restructured[how].model)
+        smaller = remove(self.model, self.restructured[how].plan.neurons())
         retake_statistics(smaller, self.calibration)
         assert isinstance(smaller, Classifier)
         return smaller

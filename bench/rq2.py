@@ -32,7 +32,7 @@ MACS = 0.5
 PER_CLASS = 500
 STEP, TOLERANCE, ITERATIONS = 0.2, 0.01, 30
 # On one core an iteration of vgg_small takes seconds, a (model, seed) with all its schemes a quarter of an hour.
-RETRAIN, BATCH, RATE, IMAGES = 50, 64, 0.01, 2000
+RETRAIN, BATCH, RATE, IMAGES = 100, 64, 0.02, 2000
 PROTOCOL = {
     "iteration": f"{STEP:.0%} of the remaining weights masked, then {RETRAIN} SGD steps (batch {BATCH}, momentum 0.9, "
     f"one-cycle to {RATE})",
@@ -87,7 +87,8 @@ def _one(name: str, factory: str, seed: int, settings: Settings) -> list[Row]:
     for method in QUICK if settings.quick else SCHEMES:
         for setting in SETTINGS:
             identity = {"data": name, "model": factory, "seed": seed, "method": method, "setting": setting}
-            key = {**identity, "weights": model_digest(model), "protocol": PROTOCOL}
+            numbers = [MACS, PER_CLASS, STEP, TOLERANCE, ITERATIONS, RETRAIN, BATCH, RATE, IMAGES]
+            key = {**identity, "weights": model_digest(model), "protocol": numbers}
 
             def measure(method: str = method, setting: str = setting, identity: Row = identity) -> list[Row]:
                 return [{**identity, **row} for row in _measure(model, start[setting](), data, method, seed)]

@@ -60,7 +60,9 @@ def run(
 
 
 @app.command()
-def stage(verb: Annotated[str, typer.Argument(help="base, profile, slice, restructure, readapt or evaluate")]) -> None:
+def stage(
+    verb: Annotated[str, typer.Argument(help="base, profile, slice, restructure, readapt, extend or evaluate")],
+) -> None:
     """Run one stage. This is what dvc.yaml calls; people use `nss run` or `dvc repro VERB`."""
     from tasks.stage import main as run_stage
 

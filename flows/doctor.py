@@ -6,7 +6,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nss.errors import NssError
@@ -46,6 +46,7 @@ def examine() -> list[Finding]:
         "dvc": lambda: _dvc(workspace),
         "parameters": lambda: _params(workspace),
         "data": lambda: _data(workspace),
+        "champion": lambda: _champion(workspace),
         "tracking": lambda: _tracking(workspace),
         "prefect": _prefect,
     }
@@ -107,6 +108,17 @@ def _data(workspace: Workspace) -> str:
     if not content["committed"]:
         raise NssError("data/ is not what data.dvc names", fix="`dvc add data`, or `dvc checkout data.dvc`")
     return f"{sum(content['images'].values())} images of {len(content['classes'])} classes, {content['md5']}"
+
+
+def _champion(workspace: Workspace) -> str:
+    from tasks.champion import load_champion, read_champion
+    from tasks.params import load_params
+
+    champion = read_champion(workspace)
+    if champion is None:
+        return "none is pinned: the stage base trains"
+    load_champion(replace(workspace, packages=tuple(load_params(workspace.params).base.packages)), champion)
+    return f"{champion.name} version {champion.version}, of {len(champion.batches)} batches"
 
 
 def _tracking(workspace: Workspace) -> str:

@@ -17,6 +17,7 @@ from prefect.context import FlowRunContext
 from nss.errors import StageError
 from nss.files import read_json
 from tasks import journal
+from tasks.champion import read_champion
 from tasks.params import Params, load_params
 from tasks.pipeline import Outcome, Pipeline
 from tasks.prefect_stage import STATE_OF, run_stage
@@ -82,6 +83,7 @@ def maintain(root: str, retries: int = 0) -> CycleReport:
     workspace = replace(workspace, packages=tuple(params.base.packages))
     pipeline = Pipeline(workspace)
     require_data(pipeline)
+    require_champion(pipeline)
     with _cycle(workspace) as cycle:
         stages = tuple(_stage(pipeline, params, name, cycle, retries) for name in pipeline.stages())
         cycle.finish(stages)
@@ -96,13 +98,21 @@ def require_data(pipeline: Pipeline) -> None:
     if not pipeline.has_changed_data():
         return
     if not pipeline.workspace.data.exists():
-        pipeline.restore_data()
+        pipeline.restore("data.dvc")
         return
     raise StageError(
         "data/ is not what data.dvc names",
         where=str(pipeline.workspace.data),
         fix="`dvc add data` to take it as the new version, `dvc checkout data.dvc` to go back",
     )
+
+
+def require_champion(pipeline: Pipeline) -> None:
+    """Restore champion/ from DVC's cache when it is gone. Raises StageError when it is not there."""
+    workspace = pipeline.workspace
+    gone = read_champion(workspace) is not None and not workspace.champion.exists()
+    if gone and (workspace.root / "champion.dvc").is_file():
+        pipeline.restore("champion.dvc")
 
 
 def _stage(pipeline: Pipeline, params: Params, name: str, cycle: _Cycle, retries: int) -> StageReport:

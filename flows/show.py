@@ -19,6 +19,7 @@ _KEY_METRIC = {
     "slice": ("slices", "{} slices"),
     "restructure": ("macs_kept", "{:.0%} of the multiply-adds"),
     "readapt": ("new_accuracy", "new images {:.1%}"),
+    "extend": ("new_accuracy", "new classes {:.1%}"),
     "evaluate": ("accuracy", "accuracy {:.1%}"),
 }
 
@@ -42,6 +43,7 @@ def summary(report: CycleReport, workspace: Workspace, *, is_temporary: bool) ->
     figures = read_json(workspace.out("evaluate") / "metrics.json")
     sizes = read_json(workspace.out("restructure") / "metrics.json")
     tuned = read_json(workspace.out("readapt") / "metrics.json")
+    grown = read_json(workspace.out("extend") / "result.json")
     lines = [
         "",
         f"accuracy    {model['accuracy']:.2%} on {model['images']} held-out images",
@@ -50,6 +52,7 @@ def summary(report: CycleReport, workspace: Workspace, *, is_temporary: bool) ->
         *(_slice_line(each) for each in slices["slices"]),
         *_size_lines(sizes, figures),
         *_following_lines(tuned, figures),
+        *_learning_lines(grown, figures),
         "",
         "MLflow runs",
         f"  {'cycle':<11} {report.run_id or 'not logged'}",
@@ -75,6 +78,20 @@ def _following_lines(tuned: dict[str, Any], scores: dict[str, Any]) -> list[str]
     if "new_accuracy" in scores:
         words.insert(0, f"new images {scores['new_accuracy']:.2%} -> {scores['readapted_new_accuracy']:.2%}")
     return [f"readapted   {', '.join(words)}, {tuned['moved_share']:.0%} of the weights moved"]
+
+
+def _learning_lines(grown: dict[str, Any], scores: dict[str, Any]) -> list[str]:
+    if not grown["done"]:
+        return []
+    words = [f"old images {scores['accuracy']:.2%} -> {_told(scores, '')}"]
+    if "extended_new_accuracy" in scores:
+        words.insert(0, f"new images {_told(scores, 'new_')}")
+    return [f"extended    by {', '.join(grown['classes'])}: {', '.join(words)}"]
+
+
+def _told(scores: dict[str, Any], part: str) -> str:
+    told = scores[f"extended_{part}told_accuracy"]
+    return f"{scores[f'extended_{part}accuracy']:.2%} ({told:.2%} told old or new)"
 
 
 def _slice_line(each: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@
 from nss.apply import apply_plan
 from nss.attacks import fgsm, foolbox_attack, pgd
 from nss.base import Epoch, train
+from nss.compare import Comparison, compare
 from nss.course import ReadaptEpoch
 from nss.critical import CriticalNeurons, critical_neurons
 from nss.data import Dataset, load_data
@@ -30,8 +31,12 @@ from nss.errors import (
 )
 from nss.evaluate import Evaluation, SlicesEvaluation, evaluate, evaluate_slices
 from nss.export import check_export, export_onnx, export_program, load_export
+from nss.extend import Extended, ExtendReport, extend
+from nss.extend_report import told_accuracy
 from nss.finetune import fine_tune
 from nss.freeze import freeze, thaw
+from nss.gate import Candidate, Decision, GateSettings, Verdict, decide
+from nss.grow import Capacity, condense
 from nss.latency import Latency, measure_latency, time_calls
 from nss.model import Classifier, ModelSpec, build_model, load_model, model_digest, save_model
 from nss.mutants import mutate
@@ -46,20 +51,28 @@ from nss.size import count_macs, count_parameters
 from nss.slice import SemanticSlice, SemanticSlices, semantic_slices
 from nss.sliced import sliced
 from nss.statistics import retake_statistics
+from nss.triage import Triage, TriageSettings, triage
 from nss.weight_masks import count_masked
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BusyError",
+    "Candidate",
+    "Capacity",
     "Classifier",
+    "Comparison",
     "CriticalNeurons",
     "DataError",
     "Dataset",
+    "Decision",
     "Epoch",
     "Evaluation",
     "ExportError",
     "ExtendError",
+    "ExtendReport",
+    "Extended",
+    "GateSettings",
     "Latency",
     "ModelError",
     "ModelSpec",
@@ -83,17 +96,24 @@ __all__ = [
     "SliceError",
     "SlicesEvaluation",
     "StageError",
+    "Triage",
+    "TriageSettings",
+    "Verdict",
     "apply_plan",
     "build_model",
     "check_export",
+    "compare",
+    "condense",
     "count_macs",
     "count_masked",
     "count_parameters",
     "critical_neurons",
+    "decide",
     "evaluate",
     "evaluate_slices",
     "export_onnx",
     "export_program",
+    "extend",
     "fgsm",
     "fine_tune",
     "foolbox_attack",
@@ -119,5 +139,7 @@ __all__ = [
     "sliced",
     "thaw",
     "time_calls",
+    "told_accuracy",
     "train",
+    "triage",
 ]

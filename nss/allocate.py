@@ -37,22 +37,38 @@ class Path:
         """Return the units that stay, bool [units]."""
         return kept_units(self.units, self.orders, counts)
 
-    def within(self, target: float) -> tuple[int, ...]:
+    def within(self, target: float, multiple: int = 1) -> tuple[int, ...]:
         """Return counts whose size is at most `target` and as near as whole units come.
 
         The first point of the path that is small enough, and then back what fits, the most error for its size first.
-        target: not below `sizes[-1]`.
+        target: not below `sizes[-1]`. multiple: the counts are multiples of it, but for groups that are whole, smaller
+        than it or at the least that the cap allows, and for one that takes up what is left of the target.
         """
-        counts = list(self.counts[next(index for index, size in enumerate(self.sizes) if size <= target)])
+        counts = self.counts[next(index for index, size in enumerate(self.sizes) if size <= target)]
+        groups = range(len(counts))
+        if multiple == 1:
+            return self._grown(counts, target, 1, groups)
+        aligned = tuple(self._aligned(group, count, multiple) for group, count in enumerate(counts))
+        aligned = self._grown(aligned, target, multiple, groups)
+        return max((self._grown(aligned, target, 1, [group]) for group in groups), key=self._size)
+
+    def _aligned(self, group: int, count: int, multiple: int) -> int:
+        whole = count == len(self.orders[group].units)
+        return count if whole or count < multiple else max(self.counts[-1][group], count - count % multiple)
+
+    def _grown(self, start: Sequence[int], target: float, block: int, groups: Sequence[int]) -> tuple[int, ...]:
+        """Take back, in some groups, units that fit, `block` at a time."""
+        counts = list(start)
         while True:
             now = self._size(counts)
             best: tuple[float, list[int]] | None = None
-            for group, order in enumerate(self.orders):
-                if counts[group] == len(order.units):
+            for group in groups:
+                larger = min(len(self.orders[group].units), (counts[group] // block + 1) * block)
+                if larger == counts[group]:
                     continue
-                more = [count + (each == group) for each, count in enumerate(counts)]
+                more = [larger if each == group else count for each, count in enumerate(counts)]
                 size = self._size(more)
-                error = float(self.errors[group][counts[group]] - self.errors[group][counts[group] + 1])
+                error = float(self.errors[group][counts[group]] - self.errors[group][larger])
                 if size <= target and (best is None or error / max(1, size - now) > best[0]):
                     best = error / max(1, size - now), more
             if best is None:

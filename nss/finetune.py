@@ -27,8 +27,8 @@ def fine_tune(
     """Train `model` in place for so many steps by SGD with Nesterov momentum 0.9 under a one-cycle schedule.
 
     data: of a Dataset the train split is used, of anything else everything. teacher: a model whose probabilities are
-    half of what is learned from (distillation, Hinton et al. 2015); default none. Ends in evaluation mode. The same
-    model, data, seed and machine give the same weights.
+    half of what is learned from (distillation, Hinton et al. 2015); default none. Always ends in evaluation mode. The
+    same model, data, seed and machine give the same weights.
     Raises ModelError when there are no images, settings are out of range, or the loss is not finite any more.
 
     >>> nss.fine_tune(smaller, nss.load_data("data"), steps=300, seed=0, teacher=model)
@@ -39,12 +39,14 @@ def fine_tune(
     optimizer, schedule = sgd(model.parameters(), steps, learning_rate, weight_decay)
     device = device_of(model)
     model.train()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # dropout
-        for rows in batches(len(images), steps, batch_size, torch.Generator().manual_seed(seed)):
-            batch, target = images[rows].to(device), labels[rows].to(device)
-            step(model, batch, target, optimizer, schedule, None if teacher is None else _answers(teacher, batch))
-    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # dropout
+            for rows in batches(len(images), steps, batch_size, torch.Generator().manual_seed(seed)):
+                batch, target = images[rows].to(device), labels[rows].to(device)
+                step(model, batch, target, optimizer, schedule, None if teacher is None else _answers(teacher, batch))
+    finally:
+        model.eval()
 
 
 def batches(count: int, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -201,9 +201,10 @@ def _reader(producer: Producer) -> Reader:
     ids = producer.in_ids
     source = producer.node.all_input_nodes[0]
     repeats = int((ids == ids[0]).sum()) if producer.dim == 1 else 1
-    channels = len(ids) // repeats
-    regular = repeats > 1 and bool((ids.view(channels, repeats) == ids.view(channels, repeats)[:, :1]).all())
-    ids = ids.view(channels, repeats)[:, 0] if regular else ids
+    # Behind maps of several sizes each input counts for itself.
+    if repeats > 1 and len(ids) % repeats == 0:
+        rows = ids.view(-1, repeats)
+        ids = rows[:, 0] if bool((rows == rows[:, :1]).all()) else ids
     return Reader(producer.name, source, producer.dim, ids)
 
 

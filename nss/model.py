@@ -23,12 +23,23 @@ from nss.errors import ModelError
 from nss.files import file_digest, read_json, read_tensors, replacing, write_json, write_tensors
 from nss.mask import ChannelMask
 from nss.operations import LAYERS
+from nss.routing import Router
 from nss.rows import FreeRows
 from nss.surgery import shrink
 from nss.weight_masks import MASK, apply_masks, plain_state
+from nss.wiring import Columns, read_earlier
 
 FORMAT = 1
 TRUSTED = ("nss.zoo", "torchvision.models")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Classes that were learned together, and the neurons that learned them (see nss.extend)."""
+
+    classes: int
+    kept: Mapping[str, tuple[int, ...]]
+    """{layer: as many indices as it has neurons for this task, of the factory's}; layers that have all are absent"""
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,12 @@ class ModelSpec:
     """{layer: original indices of the output channels that are left}; layers that lost nothing are absent"""
     parent: str | None = None
     """digest of the model this one was made from"""
+    tasks: tuple[Task, ...] = ()
+    """in the order in which they were learned; none for a model that was never extended"""
+    views: Mapping[str, int] = field(default_factory=dict)
+    """{value of the first task's network: side of the grid} that the tasks are told apart by"""
+    features: int = 0
+    """number of features that the views make"""
 
 
 class Normalise(nn.Module):
@@ -132,9 +149,25 @@ def build_model(
 
 
 def _build_network(spec: ModelSpec, seed: int, allow: Sequence[str]) -> nn.Module:
+    if not spec.tasks:
+        return factory_network(spec, len(spec.classes), seed, allow)
+    columns: list[nn.Module] = []
+    for task in spec.tasks:
+        column = factory_network(spec, task.classes, seed, allow)
+        if task.kept:
+            shrink(column, spec.input_shape, task.kept)
+        if columns:
+            read_earlier(column, columns, spec.input_shape)
+        columns.append(column)
+    router = Router(spec.views, spec.features, [task.classes for task in spec.tasks])
+    return Columns(columns, spec.input_shape, router)
+
+
+def factory_network(spec: ModelSpec, classes: int, seed: int, allow: Sequence[str] = ()) -> nn.Module:
+    """Return what the factory of `spec` makes for so many classes. Raises ModelError when it fails."""
     call = find_factory(spec.factory, allow)
     parameters = inspect.signature(call).parameters
-    named = {"num_classes": len(spec.classes), "input_shape": spec.input_shape}
+    named = {"num_classes": classes, "input_shape": spec.input_shape}
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     given = {
         name: value for name, value in named.items() if name in parameters or (takes_any and name == "num_classes")
@@ -278,14 +311,25 @@ def _read_spec(path: Path) -> tuple[ModelSpec, str]:
             mean=tuple(content["mean"]),
             std=tuple(content["std"]),
             arguments=dict(content["arguments"]),
-            kept={str(layer): tuple(int(index) for index in indices) for layer, indices in content["kept"].items()},
+            kept=_indices(content["kept"]),
             parent=content["parent"],
+            tasks=tuple(_task(each) for each in content.get("tasks", [])),
+            views={str(name): int(grid) for name, grid in content.get("views", {}).items()},
+            features=int(content.get("features", 0)),
         )
         return spec, str(content["weights"])
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise ModelError(
             f"model.json lacks or garbles {problem}", where=str(path), fix="restore it (dvc checkout)"
         ) from None
+
+
+def _task(content: Mapping[str, Any]) -> Task:
+    return Task(int(content["classes"]), _indices(content["kept"]))
+
+
+def _indices(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {str(layer): tuple(int(index) for index in indices) for layer, indices in content.items()}
 
 
 def network_of(model: nn.Module) -> nn.Module:

@@ -31,8 +31,9 @@ class Planner:
     """Everything a plan needs to know about a model, measured once; `plan` then answers for any budget.
 
     model: made by `build_model`. slices: whose categories must not be sacrificed. data: the train split of a Dataset,
-    or all of anything else. cap: the largest share of a layer's neurons that may leave.
-    Raises RestructureError for a cap out of range, or slices or a profile of another model.
+    or all of anything else. cap: the largest share of a layer's neurons that may leave. multiple: layers keep a
+    multiple of so many, as far as the budget allows: kernels work on blocks of 8 or 16 channels.
+    Raises RestructureError for a cap or a multiple out of range, or slices or a profile of another model.
 
     >>> planner = Planner(model, slices, data, profile)
     >>> planner.plan(macs=0.5).macs_share
@@ -40,11 +41,18 @@ class Planner:
     """
 
     def __init__(
-        self, model: Classifier, slices: SemanticSlices, data: Data, profiled: Profile, *, cap: float = 0.9
+        self,
+        model: Classifier,
+        slices: SemanticSlices,
+        data: Data,
+        profiled: Profile,
+        *,
+        cap: float = 0.9,
+        multiple: int = 1,
     ) -> None:
         refuse_masks(model, "restructuring", RestructureError)
-        _check(model, slices, profiled, cap)
-        self.model, self.slices, self.cap = model, slices, cap
+        _check(model, slices, profiled, cap, multiple)
+        self.model, self.slices, self.cap, self.multiple = model, slices, cap, multiple
         self.sites = find_sites(model.network, model.spec.input_shape)
         self.units = find_units(self.sites)
         self.cost = cost_model(model, self.sites)
@@ -93,7 +101,7 @@ class Planner:
                 allowed=f"{path.sizes[-1] / path.sizes[0]:.4f} to 1",
                 fix="ask for more, or raise cap",
             )
-        return self._plan(path.within(target), {what: share})
+        return self._plan(path.within(target, self.multiple), {what: share})
 
     def _plan(self, counts: Sequence[int], budget: dict[str, float]) -> RestructurePlan:
         stay = self.units.channels(kept_units(self.units, self.orders, counts))
@@ -126,13 +134,15 @@ class Planner:
         )
 
 
-def _check(model: nn.Module, slices: SemanticSlices, profiled: Profile, cap: float) -> None:
+def _check(model: nn.Module, slices: SemanticSlices, profiled: Profile, cap: float, multiple: int) -> None:
     if not isinstance(model, Classifier):
         raise RestructureError(
             f"{type(model).__name__} does not say what it takes and answers", fix="make it with nss.build_model"
         )
     if not 0 < cap < 1:
         raise RestructureError(f"cap is {cap}", where="cap", allowed="above 0, below 1")
+    if multiple < 1:
+        raise RestructureError(f"multiple is {multiple}", where="multiple", allowed="from 1")
     if profiled.model != model_digest(model):
         raise RestructureError("the profile is of another model", fix="profile this one")
     if not profiled.grams:

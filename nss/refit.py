@@ -141,13 +141,16 @@ class _Gather:
 
 
 def _added_to(node: fx.Node, graph: fx.GraphModule) -> str | None:
-    """Return the name of what a layer's output is added to, behind its own norm and dropout at most, or None."""
+    """Return the name of what a layer's output is added to, behind its own norm and dropout at most, or None.
+
+    A sum with a factor (`alpha`) is none: what is made up for would have to be scaled.
+    """
     user = next(iter(node.users), node)
     if ops.norm_behind(node, graph) is not None:
         node, user = user, next(iter(user.users), user)
     while len(node.users) == 1 and ops.is_dropout(user, graph):
         node, user = user, next(iter(user.users), user)
-    if len(node.users) != 1 or ops.name_of(user) not in ("add", "iadd"):
+    if len(node.users) != 1 or ops.name_of(user) not in ("add", "iadd") or user.kwargs.get("alpha", 1) != 1:
         return None
     return next((each.name for each in user.all_input_nodes if each is not node), None)
 

@@ -115,6 +115,7 @@ def restructure(
     max_accuracy_drop: float | None = None,
     held_out: Data | None = None,
     cap: float = 0.9,
+    multiple: int = 1,
     fine_tune_steps: int = 0,
     learning_rate: float = 0.02,
     distil: bool = False,
@@ -129,6 +130,7 @@ def restructure(
     slices: of this model; no slice's answers are sacrificed for the others'. data: a Dataset (fitted on its train
     split, its val split is held out), or anything `iter_batches` takes. profiled: with Gram matrices; gathered when
     not given. held_out: to judge on, default the val split. cap: the largest share of a layer's neurons that may go.
+    multiple: layers keep a multiple of so many neurons as far as the budget allows, 8 or 16 for fast kernels.
     fine_tune_steps: gradient steps afterwards, of batches of 128; distil: with the original as a teacher.
     curve: shares of the multiply-adds at which a refitted model is measured too; those below the cap are left out.
     Source: NeuSemSlice, arXiv 2407.20281, section 4 (keep the critical neurons, remove the rest); merging, refit and
@@ -147,7 +149,7 @@ def restructure(
         )
     if profiled is None:
         profiled = profile(model, train_part(data), ("taylor",))
-    planner = Planner(model, slices, data, profiled, cap=cap)
+    planner = Planner(model, slices, data, profiled, cap=cap, multiple=multiple)
     judged = val_part(data) if held_out is None else held_out
     job = _Job(model, data, profiled, judged, seed, fine_tune_steps, learning_rate, distil)
     if latency_ms is not None:

@@ -7,6 +7,7 @@ which lists them, and not on data/: it has nothing to do when a further batch ar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from nss.data import Dataset, load_data
 from nss.errors import StageError
@@ -29,3 +30,11 @@ def known_and_new(workspace: Workspace, classes: Sequence[str]) -> tuple[Dataset
     source = read_json(workspace.out("base") / "source.json", StageError)
     known, new = load_data(workspace.data).known_and_new(source["batches"])
     return known.of_classes(classes), new
+
+
+def with_new_classes(data: Dataset, known: int) -> Dataset:
+    """Return a view of the batches that hold a class whose index is `known` or above: one that the model lacks.
+
+    >>> with_new_classes(arrived, len(model.spec.classes)).batches  # doctest: +SKIP
+    """
+    return replace(data, batches=tuple(each for each in data.batches if int(each.labels.max()) >= known))

@@ -30,6 +30,7 @@ _CONTEXT = {
     "slice": "validation",
     "restructure": "validation",
     "readapt": "training",
+    "extend": "training",
     "evaluate": "evaluation",
 }
 
@@ -231,19 +232,65 @@ def _readapt_pictures(
     return drawn
 
 
+def _log_extend(tracker: Tracker, run: Run, workspace: Workspace, key: StageKey) -> None:
+    folder, run_id = workspace.out("extend"), run.info.run_id
+    if not (folder / "model").exists():
+        return  # there was nothing to do
+    curve = [_numbers_of(row) for row in _table(folder / "curve.csv")]
+    tracker.log(run, history=[{f"epoch_{name}": row[name] for name in row if name != "epoch"} for row in curve])
+    accuracies = {row["class"]: _numbers_of(row, "class") for row in _table(folder / "change.csv")}
+    room = {row["layer"]: _numbers_of(row, "layer") for row in _table(folder / "capacity.csv")}
+    forgetting = {name: (each["before"], each["after"]) for name, each in accuracies.items() if "before" in each}
+    points = {f"class_change/{name}": after - before for name, (before, after) in forgetting.items()}
+    points |= {f"class/{name}": each["after"] for name, each in accuracies.items() if "after" in each}
+    for layer, each in room.items():
+        points |= {f"used/{layer}": each["old"] + each["new"], f"free/{layer}": each["free"]}
+    tracker.log(run, metrics=points)
+    for name, figure in _extend_pictures(folder, curve, forgetting, room, list(accuracies)).items():
+        tracker.client.log_figure(run_id, figure, name)
+    tracker.log_model(run_id, "extended", folder / "model", {"stage_key": key.digest})
+
+
+def _extend_pictures(
+    folder: Path,
+    curve: list[dict[str, float]],
+    forgetting: dict[str, tuple[float, float]],
+    room: dict[str, dict[str, float]],
+    classes: list[str],
+) -> dict[str, Figure]:
+    from tasks import pictures
+
+    points = [(int(row["epoch"]), row["loss"], row.get("new")) for row in curve]
+    used = {layer: (int(each["total"]), int(each["old"]), int(each["new"])) for layer, each in room.items()}
+    drawn = {"learning_curve.png": pictures.learning_curve(points), "capacity.png": pictures.capacity(used)}
+    if forgetting:
+        drawn["class_change.png"] = pictures.class_change(forgetting)
+    for name in ("confusion_before", "confusion_after"):
+        counts = _confusion(folder / f"{name}.csv", classes)
+        if counts.any():
+            drawn[f"{name}.png"] = pictures.confusion(counts, classes)
+    return drawn
+
+
 def _log_evaluate(tracker: Tracker, run: Run, workspace: Workspace, key: StageKey) -> None:
     from tasks import pictures
 
     folder, run_id = workspace.out("evaluate"), run.info.run_id
     accuracy = {row["class"]: float(row["accuracy"]) for row in _table(folder / "per_class.csv")}
     overall = float(read_json(folder / "metrics.json")["accuracy"])
-    places = {name: place for place, name in enumerate(accuracy)}
-    counts = np.zeros((len(places), len(places)), dtype=int)
-    for row in _table(folder / "confusion.csv"):
-        counts[places[row["actual"]], places[row["predicted"]]] += 1
+    counts = _confusion(folder / "confusion.csv", list(accuracy))
     tracker.log(run, metrics={f"class/{name}": value for name, value in accuracy.items()})
-    tracker.client.log_figure(run_id, pictures.confusion(counts, list(places)), "confusion.png")
+    tracker.client.log_figure(run_id, pictures.confusion(counts, list(accuracy)), "confusion.png")
     tracker.client.log_figure(run_id, pictures.class_accuracy(accuracy, overall), "class_accuracy.png")
+
+
+def _confusion(path: Path, classes: list[str]) -> np.ndarray:
+    """Count the rows of a table of actual and predicted classes, [actual, predicted]."""
+    places = {name: place for place, name in enumerate(classes)}
+    counts = np.zeros((len(places), len(places)), dtype=int)
+    for row in _table(path):
+        counts[places[row["actual"]], places[row["predicted"]]] += 1
+    return counts
 
 
 _DETAILS = {
@@ -251,6 +298,7 @@ _DETAILS = {
     "slice": _log_slice,
     "restructure": _log_restructure,
     "readapt": _log_readapt,
+    "extend": _log_extend,
     "evaluate": _log_evaluate,
 }
 

@@ -73,8 +73,9 @@ class RestructureParams(_Group):
 
     when: Literal["always", "never"] = Field(description="always or never")
     budget: Budget = Field(description="macs, params, latency_ms or max_accuracy_drop")
-    target: float = Field(gt=0, description="a share above 0, at most 1 (latency_ms: milliseconds)")
+    target: float = Field(ge=0, description="a share from 0 to 1, above 0 for a size (latency_ms: milliseconds)")
     cap: float = Field(gt=0, lt=1, description="a share above 0, below 1: the most of a layer that may leave")
+    multiple: int = Field(ge=1, le=1024, description="a whole number from 1 to 1024")
     fine_tune_steps: int = Field(ge=0, le=1_000_000, description="a whole number from 0 to 1000000")
     learning_rate: float = Field(gt=0, le=100, description="a number above 0, at most 100")
     distil: bool = Field(description="true or false")
@@ -97,6 +98,20 @@ class ReadaptParams(_Group):
     seed: int = Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
 
 
+class ExtendParams(_Group):
+    """How the model learns new classes."""
+
+    when: Literal["always", "never"] = Field(description="always or never")
+    replay: float = Field(ge=0, le=1, description="a share from 0 to 1: of the old images, to train on again")
+    share: float = Field(gt=0, le=1, description="a share above 0, at most 1: of each layer, for the old classes")
+    width: float = Field(gt=0, le=1, description="a share above 0, at most 1: of each layer, for the new classes")
+    learning_rate: float = Field(gt=0, le=100, description="a number above 0, at most 100")
+    epochs: int = Field(ge=1, le=10_000, description="a whole number from 1 to 10000")
+    batch_size: int = Field(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")
+    weight_decay: float = Field(ge=0, le=1, description="a number from 0 to 1")
+    seed: int = Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
+
+
 class EvaluateParams(_Group):
     """What the models are scored on."""
 
@@ -112,6 +127,7 @@ class Params(_Group):
     slice: SliceParams
     restructure: RestructureParams
     readapt: ReadaptParams
+    extend: ExtendParams
     evaluate: EvaluateParams
 
     def group(self, verb: str) -> BaseModel:
@@ -196,11 +212,13 @@ def _inconsistent(params: Params) -> list[str]:
         problems.append(
             f"slice.metric: {params.slice.metric!r} is not gathered; allowed: one of profile.metrics ({gathered})"
         )
-    if params.restructure.budget != "latency_ms" and params.restructure.target > 1:
-        problems.append(
-            f"restructure.target: {params.restructure.target!r} is not allowed for {params.restructure.budget}; "
-            "allowed: a share above 0, at most 1"
-        )
+    budget, target = params.restructure.budget, params.restructure.target
+    fits, allowed = {
+        "max_accuracy_drop": (target <= 1, "a share from 0 to 1"),
+        "latency_ms": (target > 0, "milliseconds above 0"),
+    }.get(budget, (0 < target <= 1, "a share above 0, at most 1"))
+    if not fits:
+        problems.append(f"restructure.target: {target!r} is not allowed for {budget}; allowed: {allowed}")
     if params.readapt.when != "never" and params.readapt.guard > 0 and params.profile.windows == 0:
         problems.append(
             "profile.windows: 0 is not allowed with readapt.guard above 0, which needs them; allowed: from 1"

@@ -204,6 +204,43 @@ def class_change(change: Mapping[str, tuple[float, float]]) -> Figure:
     return figure
 
 
+def learning_curve(points: Sequence[tuple[int, float, float | None]]) -> Figure:
+    """Draw the loss while new classes are learned, and the accuracy on them where there are held-out images.
+
+    points: (epoch, loss, accuracy told the task).
+    """
+    figure = Figure(figsize=(8.5, 3.4), layout="constrained")
+    epochs = [epoch for epoch, _, _ in points]
+    titles = ("loss", "accuracy on new classes, told the task")
+    for axes, place, title in zip(figure.subplots(1, 2), (1, 2), titles, strict=True):
+        axes.plot(epochs, [np.nan if row[place] is None else row[place] for row in points], ".-", color=_DARK)
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _bare(axes, "top", "right")
+    return figure
+
+
+def capacity(rows: Mapping[str, tuple[int, int, int]]) -> Figure:
+    """Draw the neurons of each layer: used by the old classes, by the new ones on top, before all the factory gives.
+
+    rows: {layer: total, used by old, used by new}.
+    """
+    figure, axes = _figure(max(6.0, 0.75 * len(rows) + 2), 4.2)
+    total, old, new = np.array(list(rows.values())).T
+    at = np.arange(len(rows))
+    axes.bar(at, total, width=0.9, color=_GREY, label="all neurons of the factory's network")
+    axes.bar(at, old, width=0.5, color=_DARK, label="old classes")
+    axes.bar(at, new, bottom=old, width=0.5, color="#1f6fb4", label="new classes")
+    axes.set_xticks(at, list(rows), rotation=40, ha="right", fontsize=_label_size(len(rows)))
+    axes.set_ylabel("neurons")
+    free = np.maximum(total - old - new, 0).sum()
+    axes.set_title(f"neurons used by layer, {free / total.sum():.0%} free", loc="left")
+    axes.legend(frameon=False, fontsize=8, ncols=3)
+    _bare(axes, "top", "right")
+    return figure
+
+
 def leaf_order(linkage: np.ndarray, count: int) -> list[int]:
     """Return the categories in the order in which no branches of the dendrogram cross.
 

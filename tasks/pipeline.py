@@ -123,10 +123,10 @@ class Pipeline:
         with self._repo() as repo:
             repo.add([str(self.workspace.data)])
 
-    def restore_data(self) -> None:
-        """Bring back what data.dvc names from DVC's cache. Raises StageError when it is not there."""
+    def restore(self, pointer: str) -> None:
+        """Bring back what a file like data.dvc names from DVC's cache. Raises StageError when it is not there."""
         with self._repo() as repo:
-            repo.checkout(targets=["data.dvc"])
+            repo.checkout(targets=[pointer])
 
     def reproduce(self, name: str, env: Mapping[str, str] | None = None) -> Outcome:
         """Bring the stage's outputs up to date, by its command only where neither they nor DVC's run-cache have them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nss.files import replacing, write_json
 from nss.model import load_model, model_digest, save_model
@@ -27,6 +28,7 @@ def run(params: RestructureParams, workspace: Workspace) -> None:
         write_json(part / "source.json", sources)
         if params.when == "never":
             write_json(part / "metrics.json", {"done": 0})
+            _write_tables(part, [], [], [])
             write_json(part / "result.json", {"done": False, "why": "restructure.when is never"})
             return
         found = restructure(
@@ -36,6 +38,7 @@ def run(params: RestructureParams, workspace: Workspace) -> None:
             Profile.load(workspace.out("profile") / "profile.safetensors"),
             **{params.budget: params.target},
             cap=params.cap,
+            multiple=params.multiple,
             fine_tune_steps=params.fine_tune_steps,
             learning_rate=params.learning_rate,
             distil=params.distil,
@@ -52,12 +55,19 @@ def _write(folder: Path, found: Restructured) -> None:
     first, last = found.report[0], found.report[-1]
     points = sorted({point.macs: point for point in (*found.curve, *found.report)}.values(), key=lambda each: each.macs)
     rows = [(each.name, each.macs / first.macs, each.parameters / first.parameters, each.accuracy) for each in points]
-    write_csv(folder / "curve.csv", ["model", "macs", "parameters", "accuracy"], rows)
     layers = [(name, len(each.kept), each.total) for name, each in found.plan.layers.items()]
-    write_csv(folder / "kept.csv", ["layer", "kept", "total"], layers)
-    write_csv(folder / "change.csv", ["class", "before", "after"], _change(first, last))
+    _write_tables(folder, rows, layers, _change(first, last))
     write_json(folder / "metrics.json", _metrics(found.report))
     write_json(folder / "result.json", {"done": True, "why": "restructure.when is always"})
+
+
+def _write_tables(
+    folder: Path, curve: Sequence[Sequence[Any]], kept: Sequence[Sequence[Any]], change: Sequence[Sequence[Any]]
+) -> None:
+    """Write curve.csv, kept.csv and change.csv. DVC's plots name them: they are always there."""
+    write_csv(folder / "curve.csv", ["model", "macs", "parameters", "accuracy"], curve)
+    write_csv(folder / "kept.csv", ["layer", "kept", "total"], kept)
+    write_csv(folder / "change.csv", ["class", "before", "after"], change)
 
 
 def _change(before: Point, after: Point) -> list[tuple[str, float, float]]:

@@ -6,7 +6,7 @@ import shutil
 import signal
 from pathlib import Path
 
-STAGES = ["base", "profile", "slice", "restructure", "readapt", "evaluate"]
+STAGES = ["base", "profile", "slice", "restructure", "readapt", "extend", "evaluate"]
 CACHED = dict.fromkeys(STAGES, "cached")
 LATER = STAGES[2:]
 FROM_SLICE = {**CACHED, **dict.fromkeys(LATER, "executed")}

@@ -12,7 +12,7 @@ from nss.evaluate import evaluate_slices
 from nss.model import load_model
 from nss.slice import SemanticSlices
 
-STAGES = ["base", "profile", "slice", "restructure", "readapt", "evaluate"]
+STAGES = ["base", "profile", "slice", "restructure", "readapt", "extend", "evaluate"]
 
 
 def test_the_run_prints_a_line_a_stage_and_where_to_look(executed) -> None:

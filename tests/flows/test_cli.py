@@ -87,7 +87,7 @@ def test_an_unknown_stage_names_those_there_are() -> None:
     done = nss("stage", "bse")
     assert done.returncode == 2
     assert "there is no stage 'bse'" in done.stderr
-    assert "base, profile, slice, restructure, readapt, evaluate" in done.stderr
+    assert "base, profile, slice, restructure, readapt, extend, evaluate" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def workspace(tmp_path: Path) -> Path:
     root = tmp_path / "workspace"
     (root / ".dvc").mkdir(parents=True)
     (root / ".dvc" / "config").write_text("[core]\n    analytics = false\n    autostage = false\n")
-    for name in ("params.yaml", "dvc.yaml", "data.dvc"):
+    for name in ("params.yaml", "dvc.yaml", "data.dvc", "champion.json"):
         (root / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run(["git", "init", "-q"], cwd=root, check=True)
     return root
@@ -195,5 +195,5 @@ def test_doctor_says_ok_where_nothing_is_wrong(workspace: Path) -> None:
     nss("data", "demo", cwd=workspace)
     done = nss("doctor", cwd=workspace)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["ok"] * 8
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["ok"] * 9
     assert "1797 images of 10 classes" in done.stdout

@@ -23,6 +23,8 @@ def report(stage: str, metrics: dict[str, float | None]) -> StageReport:
         ("readapt", {"done": 1, "new_accuracy": 0.5}, "new images 50.0%"),
         ("readapt", {"done": 1, "new_accuracy": None}, ""),
         ("readapt", {"done": 0}, "nothing to do"),
+        ("extend", {"done": 1, "new_accuracy": 0.75}, "new classes 75.0%"),
+        ("extend", {"done": 0}, "nothing to do"),
         ("restructure", {"done": 1, "macs_kept": 0.5}, "50% of the multiply-adds"),
         ("restructure", {"done": 0}, "nothing to do"),
         ("unheard-of", {"x": 1}, ""),
@@ -41,7 +43,7 @@ def test_figures_of_a_cycle_leave_out_what_could_not_be_measured() -> None:
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
-    """Results in which nothing was restructured or followed."""
+    """Results in which nothing was restructured, followed or learned."""
     found = Workspace(tmp_path)
     model = {"accuracy": 0.9, "images": 10, "worst_class": "cat", "worst_accuracy": 0.8}
     slices = {"vote_accuracy": 0.7, "slices": []}
@@ -49,6 +51,7 @@ def workspace(tmp_path: Path) -> Workspace:
     write_json(found.out("evaluate") / "metrics.json", {"accuracy": 0.9})
     for verb in ("restructure", "readapt"):
         write_json(found.out(verb) / "metrics.json", {"done": 0})
+    write_json(found.out("extend") / "result.json", {"done": False})
     return found
 
 
@@ -59,7 +62,7 @@ def lines(workspace: Workspace) -> list[str]:
 
 def test_a_summary_is_silent_about_what_was_not_done(workspace: Workspace) -> None:
     assert "accuracy    90.00% on 10 held-out images" in lines(workspace)
-    assert [line for line in lines(workspace) if line.startswith(("smaller", "readapted"))] == []
+    assert [line for line in lines(workspace) if line.startswith(("smaller", "readapted", "extended"))] == []
 
 
 def test_a_summary_tells_new_and_old_accuracy_before_and_after_following(workspace: Workspace) -> None:
@@ -71,3 +74,14 @@ def test_a_summary_tells_new_and_old_accuracy_before_and_after_following(workspa
     write_json(workspace.out("evaluate") / "metrics.json", scores)
     expected = "new images 25.00% -> 75.00%, old images 90.00% -> 89.00%, 20% of the weights moved"
     assert f"readapted   {expected}" in lines(workspace)
+
+
+def test_a_summary_tells_what_was_learned_and_how_well_old_and_new_are_told_apart(workspace: Workspace) -> None:
+    write_json(workspace.out("extend") / "result.json", {"done": True, "classes": ["dog", "eel"]})
+    scores = {"accuracy": 0.9, "extended_accuracy": 0.8, "extended_told_accuracy": 0.875}
+    write_json(workspace.out("evaluate") / "metrics.json", scores)
+    old = "old images 90.00% -> 80.00% (87.50% told old or new)"
+    assert f"extended    by dog, eel: {old}" in lines(workspace)
+    scores |= {"extended_new_accuracy": 0.75, "extended_new_told_accuracy": 1.0}
+    write_json(workspace.out("evaluate") / "metrics.json", scores)
+    assert f"extended    by dog, eel: new images 75.00% (100.00% told old or new), {old}" in lines(workspace)

@@ -175,6 +175,44 @@ def test_convex_errors_at_equal_costs_get_the_least_error_there_is(seed: int) ->
         assert sum(float(error[k]) for error, k in zip(errors, counts, strict=True)) == pytest.approx(least)
 
 
+@given(seed=st.integers(0, 10_000), share=st.floats(0, 1), multiple=st.sampled_from([2, 3, 8]))
+@few
+def test_all_layers_but_one_keep_a_multiple_and_the_budget_holds_all_the_same(
+    seed: int, share: float, multiple: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    network, sites, units = chain(9, 16, 12)
+    size = cost_model(network, sites, RGB).macs
+    errors = [falling(len(group.units), generator) for group in units.groups]
+    path = find_path(units, shuffled(units, generator), errors, size, 0.9)
+    target = path.sizes[-1] + share * (path.sizes[0] - path.sizes[-1])
+    counts, least = path.within(target, multiple), path.counts[-1]
+    assert size(units.channels(path.kept(counts))) <= target
+    assert all(low <= count for low, count in zip(least, counts, strict=True))
+    odd = [
+        place
+        for place, (count, whole, low) in enumerate(zip(counts, (9, 16, 12), least, strict=True))
+        if count % multiple and count not in (whole, low) and count > multiple
+    ]
+    assert len(odd) <= 1
+    for place in odd or range(3):
+        more = [count + (each == place) for each, count in enumerate(counts)]
+        if more[place] <= (9, 16, 12)[place]:
+            assert size(units.channels(path.kept(more))) > target
+
+
+def test_multiples_by_hand() -> None:
+    """Two layers of 8, units of 1 and of 2, errors such that the path takes one of each in turn."""
+    _, sites, units = chain(8, 8)
+    errors = [torch.arange(8, -1, -1).double() ** 2, 2 * torch.arange(8, -1, -1).double() ** 2]
+    orders = [Order(group.units, torch.linspace(1, 0, 9).double()) for group in units.groups]
+    path = find_path(units, orders, errors, priced(sites, (1, 2)), 0.9)
+    assert path.within(17) == (5, 6)
+    # These become 4: 12 of 17 are spent. A block of the first (4) fits, one of the second (8) does not.
+    assert path.within(17, 4) == (8, 4)
+    assert path.within(15, 4) == (7, 4)
+
+
 def test_a_small_unit_that_fits_comes_back() -> None:
     """Units of 1 and of 4: the first small one left for very little, and its place within 7 is free again."""
     _, sites, units = chain(3, 3)

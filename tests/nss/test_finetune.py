@@ -205,6 +205,7 @@ def test_labels_without_a_logit_and_no_images_are_refused_and_nothing_moves(netw
     before = model_digest(model)
     with pytest.raises(ModelError, match="labels"):
         fine_tune(model, (networks.pictures(4, (1, 8, 8)), torch.tensor([0, 1, 2, 0])), 1, 0)
+    assert not model.training
     with pytest.raises(ModelError, match="no images to train on"):
         fine_tune(model, [], 1, 0)
     assert model_digest(model) == before

@@ -65,6 +65,15 @@ def test_a_share_is_met_to_two_per_cent_and_never_exceeded(
     assert (plan.macs, plan.parameters) == (nss.count_macs(smaller), nss.count_parameters(smaller))
 
 
+def test_layers_keep_multiples_all_but_one_within_the_same_budget(
+    trained: nss.Classifier, slices: nss.SemanticSlices, digits: nss.Dataset, profiled: nss.Profile
+) -> None:
+    plan = nss.restructure(trained, slices, digits, profiled, macs=0.5, multiple=4).plan
+    assert 0.98 * 0.5 * nss.count_macs(trained) <= plan.macs <= 0.5 * nss.count_macs(trained)
+    odd = [name for name, layer in plan.layers.items() if len(layer.kept) % 4 and len(layer.kept) < layer.total]
+    assert len(odd) <= 1
+
+
 def test_no_layer_loses_more_than_its_cap_and_what_cannot_be_reached_says_what_can(
     trained: nss.Classifier, slices: nss.SemanticSlices, digits: nss.Dataset, profiled: nss.Profile
 ) -> None:
@@ -214,6 +223,8 @@ def test_what_does_not_fit_together_is_refused_by_name(
         nss.restructure(trained, slices, digits, profiled, max_accuracy_drop=-0.1)
     with pytest.raises(RestructureError, match=r"cap is 1.0"):
         nss.restructure(trained, slices, digits, profiled, macs=0.5, cap=1.0)
+    with pytest.raises(RestructureError, match=r"multiple is 0"):
+        nss.restructure(trained, slices, digits, profiled, macs=0.5, multiple=0)
     train = digits.split("train")
     with pytest.raises(RestructureError, match="no held-out images"):
         nss.restructure(trained, slices, (train.images, train.labels), profiled, max_accuracy_drop=0.1)

@@ -107,3 +107,26 @@ def test_they_are_stored_with_the_profile_and_only_when_asked_for(networks: Modu
         bare.merge(found)
     with pytest.raises(ProfileError, match="windows is -1"):
         of(networks, networks.pictures(4), -1)
+
+
+class TwoSizes(nn.Module):
+    """A head that reads two flattened maps, of 9 places and of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 1)
+        self.other = nn.Conv2d(1, 3, 1)
+        self.head = nn.Linear(21, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([self.conv(x).flatten(1), self.other(x).mean((2, 3))], 1))
+
+
+def test_behind_maps_of_several_sizes_each_input_counts_for_itself(networks: ModuleType) -> None:
+    network, images = TwoSizes(), networks.floats(6, (1, 3, 3))
+    data = (images, torch.arange(6) % 2)
+    found = profile(network, data, ("avg",), classes=["a", "b"], input_shape=(1, 3, 3), windows=1)
+    with torch.no_grad():
+        read = torch.cat([network.conv(images).flatten(1), network.other(images).mean((2, 3))], 1).double()
+    torch.testing.assert_close(found.gram("head"), read.T @ read / 6)
+    torch.testing.assert_close(found.window("head")[0, 0, :-1, :-1], read.T @ read / 6)

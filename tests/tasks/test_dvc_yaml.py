@@ -63,7 +63,7 @@ def test_a_stage_depends_on_exactly_the_code_it_runs(verb: str) -> None:
 
 
 def test_stages_have_a_params_group_a_command_and_an_output_of_their_name() -> None:
-    names = ["base", "profile", "slice", "restructure", "readapt", "evaluate"]
+    names = ["base", "profile", "slice", "restructure", "readapt", "extend", "evaluate"]
     assert list(STAGES) == list(Params.model_fields) == names
     for verb, stage in STAGES.items():
         assert (stage["cmd"], stage["params"], stage["outs"]) == (f"nss stage {verb}", [verb], [f"artifacts/{verb}"])
@@ -74,7 +74,7 @@ def test_the_module_behind_slice_is_no_dependency_of_what_comes_before() -> None
 
 
 def test_what_reads_known_batches_only_depends_on_their_names_and_not_on_all_data() -> None:
-    assert [verb for verb in STAGES if "data" in STAGES[verb]["deps"]] == ["base", "readapt", "evaluate"]
+    assert [verb for verb in STAGES if "data" in STAGES[verb]["deps"]] == ["base", "readapt", "extend", "evaluate"]
     readers = [verb for verb in STAGES if "nss/data.py" in STAGES[verb]["deps"]]
     assert readers == list(STAGES)
     assert [verb for verb in readers if "artifacts/base/source.json" in STAGES[verb]["deps"]] == readers[1:]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -8,6 +9,7 @@ import pytest
 
 from nss.critical import RULES
 from nss.errors import ParamsError
+from nss.extend import extend
 from nss.profile import METRICS
 from nss.readapt import readapt
 from nss.restructure import BUDGETS
@@ -50,6 +52,7 @@ GOOD: dict[str, dict[str, str]] = {
         "budget": "macs",
         "target": "0.5",
         "cap": "0.9",
+        "multiple": "1",
         "fine_tune_steps": "0",
         "learning_rate": "1e-2",
         "distil": "true",
@@ -66,6 +69,17 @@ GOOD: dict[str, dict[str, str]] = {
         "replay": "0",
         "distil": "0",
         "patience": "5",
+        "seed": "0",
+    },
+    "extend": {
+        "when": "always",
+        "replay": "0.05",
+        "share": "0.7",
+        "width": "0.3",
+        "learning_rate": "5e-2",
+        "epochs": "3",
+        "batch_size": "64",
+        "weight_decay": "5e-4",
         "seed": "0",
     },
     "evaluate": {"split": "test", "batch_size": "500"},
@@ -140,6 +154,12 @@ def test_good_parameters_are_read_with_their_types(tmp_path: Path) -> None:
         ("readapt.guard", "-1", "-1", "a number from 0 to 1000000: weight of the old behaviour"),
         ("readapt.patience", "0", "0", "a whole number from 1 to 10000"),
         ("readapt.replay", "1.5", "1.5", "a share from 0 to 1: of the old images, to train on again"),
+        ("extend.when", "triage", "'triage'", "always or never"),
+        ("extend.replay", "-0.1", "-0.1", "a share from 0 to 1: of the old images, to train on again"),
+        ("extend.share", "0", "0", "a share above 0, at most 1: of each layer, for the old classes"),
+        ("extend.width", "1.5", "1.5", "a share above 0, at most 1: of each layer, for the new classes"),
+        ("extend.epochs", "0", "0", "a whole number from 1 to 10000"),
+        ("extend.weight_decay", ".inf", "inf", "a number from 0 to 1"),
         ("evaluate.split", "train", "'train'", "val or test"),
     ],
 )
@@ -199,6 +219,25 @@ def test_two_ways_to_cut_the_tree_at_once_are_refused(tmp_path: Path) -> None:
     assert problem == "slice: n_slices and distance_threshold are both given; allowed: one of them, the other null"
 
 
+@pytest.mark.parametrize(
+    ("budget", "target", "allowed"),
+    [
+        ("macs", "0", "a share above 0, at most 1"),
+        ("params", "1.5", "a share above 0, at most 1"),
+        ("max_accuracy_drop", "1.5", "a share from 0 to 1"),
+        ("latency_ms", "0", "milliseconds above 0"),
+    ],
+)
+def test_a_target_that_does_not_suit_its_budget_is_refused(
+    tmp_path: Path, budget: str, target: str, allowed: str
+) -> None:
+    path, changes = tmp_path / "params.yaml", {"restructure.budget": budget, "restructure.target": target}
+    (problem,) = problems(write(path, changes))
+    assert problem == f"restructure.target: {float(target)} is not allowed for {budget}; allowed: {allowed}"
+    suits = {"macs": "1", "params": "0.1", "max_accuracy_drop": "0", "latency_ms": "30"}[budget]
+    assert load_params(write(path, {**changes, "restructure.target": suits})).restructure.target == float(suits)
+
+
 def test_answers_of_the_original_without_images_to_answer_are_refused(tmp_path: Path) -> None:
     (problem,) = problems(write(tmp_path / "params.yaml", {"readapt.distil": "0.5"}))
     assert problem == "readapt.distil: 0.5 is not allowed without replay; allowed: 0, or a replay above 0"
@@ -215,9 +254,10 @@ def test_a_guard_needs_what_the_profile_gathers_for_it(tmp_path: Path) -> None:
         assert load_params(write(path, {**without, **change})).profile.windows == 0
 
 
-def test_every_setting_of_readapt_is_one_of_the_library(tmp_path: Path) -> None:
-    known = inspect.signature(readapt).parameters
-    settings = load_params(write(tmp_path / "params.yaml")).readapt.model_dump(exclude={"when"})
+@pytest.mark.parametrize("verb", [readapt, extend])
+def test_every_setting_of_a_verb_is_one_of_the_library(tmp_path: Path, verb: Callable[..., object]) -> None:
+    known = inspect.signature(verb).parameters
+    settings = load_params(write(tmp_path / "params.yaml")).group(verb.__name__).model_dump(exclude={"when"})
     assert [name for name in settings if name not in known] == []
 
 

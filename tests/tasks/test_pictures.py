@@ -171,6 +171,32 @@ def test_following_without_held_out_images_leaves_their_line_out(row: tuple, dra
     renders(figure)
 
 
+def test_learning_shows_the_loss_and_the_accuracy_on_new_classes() -> None:
+    figure = pictures.learning_curve([(1, 0.8, 0.5), (2, 0.25, 0.75)])
+    loss, accuracy = figure.axes
+    assert loss.get_lines()[0].get_xydata().tolist() == [[1, 0.8], [2, 0.25]]
+    assert accuracy.get_lines()[0].get_xydata().tolist() == [[1, 0.5], [2, 0.75]]
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["loss", "accuracy on new classes, told the task"]
+    renders(figure)
+
+
+def test_learning_without_held_out_images_shows_the_loss_alone() -> None:
+    figure = pictures.learning_curve([(1, 0.8, None), (2, 0.25, None)])
+    assert np.isnan(figure.axes[1].get_lines()[0].get_ydata()).all()
+    renders(figure)
+
+
+def test_capacity_stacks_new_on_old_before_all_there_are() -> None:
+    figure = pictures.capacity({"c1": (8, 4, 2), "c2": (32, 24, 12)})
+    (axes,) = figure.axes
+    bars = [[(bar.get_y(), bar.get_height()) for bar in group] for group in axes.containers]
+    assert bars == [[(0, 8), (0, 32)], [(0, 4), (0, 24)], [(4, 2), (24, 12)]]
+    assert texts(axes.get_xticklabels()) == ["c1", "c2"]
+    assert axes.get_title(loc="left") == "neurons used by layer, 5% free"
+    renders(figure)
+
+
 def test_the_change_of_classes_has_the_worst_loss_on_top_and_losses_in_red() -> None:
     figure = pictures.class_change({"cat": (0.9, 0.95), "car": (0.8, 0.7), "dog": (0.5, 0.5)})
     (axes,) = figure.axes

@@ -203,5 +203,5 @@ def test_data_that_dvc_knows_is_committed_only_when_it_changed(toy: Workspace) -
     assert pipeline.has_changed_data() is False
     assert pointer.read_bytes() != before[0]
     shutil.rmtree(toy.data)
-    pipeline.restore_data()
+    pipeline.restore("data.dvc")
     assert (toy.data / "x").read_text() == "2"

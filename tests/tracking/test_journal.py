@@ -15,6 +15,7 @@ from tasks.champion import unpin_champion
 from tasks.params import (
     BaseParams,
     EvaluateParams,
+    ExtendParams,
     Params,
     ProfileParams,
     ReadaptParams,
@@ -81,6 +82,17 @@ PARAMS = Params(
         patience=1,
         seed=0,
     ),
+    extend=ExtendParams(
+        when="always",
+        replay=0.25,
+        share=0.5,
+        width=0.5,
+        learning_rate=0.1,
+        epochs=2,
+        batch_size=8,
+        weight_decay=0,
+        seed=0,
+    ),
     evaluate=EvaluateParams(split="test", batch_size=8),
 )
 
@@ -89,7 +101,7 @@ PARAMS = Params(
 def workspace(tmp_path: Path) -> Workspace:
     """Outputs of all stages, nothing to restructure or follow: three classes, two slices, one layer of four neurons."""
     workspace = Workspace(tmp_path / "workspace")
-    base, profile, cut, restructure, readapt, evaluate = (workspace.out(verb) for verb in Params.model_fields)
+    base, profile, cut, restructure, readapt, extend, evaluate = (workspace.out(verb) for verb in Params.model_fields)
     unpin_champion(workspace)
     write_json(base / "metrics.json", {"loss": 0.1, "val_accuracy": 0.75})
     write_csv(
@@ -99,7 +111,7 @@ def workspace(tmp_path: Path) -> Workspace:
     )
     write_json(base / "model" / "model.json", {})
     write_json(profile / "metrics.json", {"neurons": 4})
-    for folder in (restructure, readapt):
+    for folder in (restructure, readapt, extend):
         write_json(folder / "metrics.json", {"done": 0})
     masks = [torch.tensor([True, True, False, False]), torch.tensor([False, True, True, True])]
     parts = (
@@ -257,8 +269,72 @@ def test_without_held_out_images_following_is_logged_all_the_same(tracker, follo
     assert {name for name in files if name.endswith(".png")} == {"learning_curve.png", "tuned_neurons.png"}
 
 
-def test_a_stage_that_had_nothing_to_do_has_no_model_and_no_pictures(tracker, workspace) -> None:
-    run = tracker.client.get_run(fill(tracker, workspace, "readapt"))
+@pytest.fixture
+def grown(workspace: Workspace) -> Workspace:
+    """Two epochs of learning a class d; class c has no held-out images."""
+    folder = workspace.out("extend")
+    write_json(folder / "metrics.json", {"done": 1, "new_accuracy": 0.5, "old_accuracy": None})
+    write_json(folder / "result.json", {"done": True, "why": "new classes have arrived: d"})
+    write_json(folder / "model" / "model.json", {})
+    write_csv(folder / "curve.csv", ["epoch", "loss", "new"], [(1, 0.75, 0.25), (2, 0.5, 0.5)])
+    rows = [("a", 1.0, 0.75), ("b", 0.5, 0.625), ("c", None, None), ("d", None, 0.5)]
+    write_csv(folder / "change.csv", ["class", "before", "after"], rows)
+    room = [("conv", 4, 2, 1, 1, 0), ("head", 8, 6, 4, 0, 2)]
+    write_csv(folder / "capacity.csv", ["layer", "total", "old", "new", "free", "widened"], room)
+    for when, answer in (("before", "a"), ("after", "d")):
+        write_csv(folder / f"confusion_{when}.csv", ["actual", "predicted"], [("a", "a"), ("d", answer)])
+    return workspace
+
+
+def test_learning_is_logged_over_steps(tracker, grown) -> None:
+    run = tracker.client.get_run(fill(tracker, grown, "extend"))
+    for name, values in (("epoch_loss", [0.75, 0.5]), ("epoch_new", [0.25, 0.5])):
+        points = tracker.client.get_metric_history(run.info.run_id, name)
+        assert [(each.step, each.value) for each in points] == list(enumerate(values, 1))
+    assert (run.data.metrics["new_accuracy"], run.data.params["replay"]) == (0.5, "0.25")
+    assert "old_accuracy" not in run.data.metrics
+
+
+def test_learning_has_what_was_forgotten_by_class_and_the_room_by_layer(tracker, grown) -> None:
+    run = tracker.client.get_run(fill(tracker, grown, "extend"))
+    assert {name: value for name, value in run.data.metrics.items() if "/" in name} == {
+        "class_change/a": -0.25,
+        "class_change/b": 0.125,
+        "class/a": 0.75,
+        "class/b": 0.625,
+        "class/d": 0.5,
+        "used/conv": 3,
+        "used/head": 10,
+        "free/conv": 1,
+        "free/head": 0,
+    }
+
+
+def test_learning_has_its_model_pictures_and_tables(tracker, grown) -> None:
+    run = tracker.client.get_run(fill(tracker, grown, "extend"))
+    (output,) = run.outputs.model_outputs
+    assert tracker.client.get_logged_model(output.model_id).name == "extended"
+    files = {file.path for file in tracker.client.list_artifacts(run.info.run_id)}
+    pictures = {"learning_curve", "capacity", "class_change", "confusion_before", "confusion_after"}
+    assert {name for name in files if name.endswith(".png")} == {f"{name}.png" for name in pictures}
+    assert files >= {"curve.csv", "change.csv", "capacity.csv", "confusion_before.csv", "confusion_after.csv"}
+
+
+def test_without_held_out_images_learning_is_logged_all_the_same(tracker, grown) -> None:
+    folder = grown.out("extend")
+    write_csv(folder / "curve.csv", ["epoch", "loss", "new"], [(1, 0.75, None)])
+    write_csv(folder / "change.csv", ["class", "before", "after"], [(name, None, None) for name in "abcd"])
+    for when in ("before", "after"):
+        write_csv(folder / f"confusion_{when}.csv", ["actual", "predicted"], [])
+    run = tracker.client.get_run(fill(tracker, grown, "extend"))
+    assert run.info.status == "FINISHED"
+    files = {file.path for file in tracker.client.list_artifacts(run.info.run_id)}
+    assert {name for name in files if name.endswith(".png")} == {"learning_curve.png", "capacity.png"}
+
+
+@pytest.mark.parametrize("verb", ["readapt", "extend"])
+def test_a_stage_that_had_nothing_to_do_has_no_model_and_no_pictures(tracker, workspace, verb: str) -> None:
+    run = tracker.client.get_run(fill(tracker, workspace, verb))
     assert (run.info.status, run.data.metrics) == ("FINISHED", {"done": 0})
     assert not (run.outputs and run.outputs.model_outputs)
     assert {file.path for file in tracker.client.list_artifacts(run.info.run_id)} == {"metrics.json"}

@@ -1,0 +1,249 @@
+"""RQ4 of the paper: learning new classes, told the task and not, against its baselines; and a chain of tasks.
+
+What is measured is kept in five parts: five new classes beside five (rows/rq4-peers and rq4-nss of the cache), five
+tasks of two classes (rq4-chain-peers and rq4-chain-nss), and the time of a step (rq4-step-time). To measure one again,
+on a quiet machine or after a change, remove its folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.common import Report, Row, Settings, mean_and_spread, resumed, show
+from bench.extend_cases import BASE, CHAIN, HALVES, PER_CLASS, SHARE, Subject
+from bench.extend_peers import (
+    DEEPARC,
+    EWC,
+    FISHER_IMAGES,
+    JOINT,
+    LWF,
+    NAIVE,
+    PEERS,
+    PROBE,
+    REPLAY,
+    TEMPERATURE,
+    WEIGHT_DECAY,
+    Setting,
+)
+from bench.extend_points import (
+    BATCH,
+    CHAINED,
+    OUR_REPLAY,
+    OURS,
+    RATE,
+    STEP_BATCHES,
+    TURNS,
+    WIDTH,
+    Chain,
+    Grid,
+    Halves,
+)
+from nss.model import model_digest
+
+_EITHER = (Setting(0.02), Setting(0.05))
+WHOLE = Grid(
+    images=12_000,
+    epochs=3,
+    settings={
+        **dict.fromkeys((NAIVE, *REPLAY, DEEPARC), _EITHER),
+        JOINT: (Setting(0.05), Setting(0.1)),
+        EWC: (Setting(0.05, 30.0), Setting(0.05, 100.0)),
+        LWF: (Setting(0.05, 1.0), Setting(0.05, 3.0)),
+    },
+    ours=tuple(OUR_REPLAY),
+)
+# For a look: the main baselines, at one setting each.
+SMALL = Grid(
+    images=3000,
+    epochs=2,
+    settings={
+        **dict.fromkeys((NAIVE, "replay 5 %", "replay 10 %"), (Setting(0.05),)),
+        EWC: (Setting(0.05, 30.0),),
+        LWF: (Setting(0.05, 3.0),),
+    },
+    ours=tuple(OUR_REPLAY),
+)
+QUICK, QUICK_CHAIN = ("fashion-mnist", "nss.zoo:vgg_small"), 1000
+"""what is measured if it is asked for, else the first of what is; and images of each task of its chain"""
+SUBJECT = ("data", "model", "seed")
+BY = ("data", "model", "method")
+JUDGED = ("told_old", "told_new", "old_accuracy", "new_accuracy", "accuracy")
+# {name of the difference: (of which accuracy, to which baseline)}
+AGAINST = {
+    "new_vs_naive": ("told_new", NAIVE),
+    "vs_replay_10": ("accuracy", "replay 10 %"),
+    "vs_ewc": ("accuracy", EWC),
+    "vs_lwf": ("accuracy", LWF),
+}
+COSTS = ("steps", "seconds", "step_seconds", "trained_share", "condensing")
+VALUES = (*JUDGED, "before", "told_lost", *AGAINST, "val", *COSTS)
+ENDS = ("told", "accuracy", "told_forgetting", "forgetting")
+PROTOCOL = {
+    "data": f"the first five classes are known, the others arrive; of each task, in each split, the first "
+    f"{WHOLE.images} images are used ({SMALL.images} with --quick, {QUICK_CHAIN} in its chain), as many of each class; "
+    f"the base model, of {BASE}, is trained as all base models of the benchmarks",
+    "budget": f"{WHOLE.epochs} epochs ({SMALL.epochs}) over the new images, batches of {BATCH}, SGD with Nesterov "
+    f"momentum, weight decay {WEIGHT_DECAY}, one cycle, the same for all; no epoch is chosen",
+    "told": "among the classes of the image's own task: told_old, told_new; not told, among all: old_accuracy, "
+    "new_accuracy, accuracy; before: of the base model on the old test images; told_lost: before less told_old",
+    "replay": "that share of each old class; half of each batch is old, repeated as often as it takes: twice as many "
+    "steps, to see each new image as often as without",
+    JOINT: "from a new initialisation, with all old images, half of each batch",
+    DEEPARC: f"modules by CKA on {PROBE} old images as in rq3; layers and norms that are no interface are trained, "
+    "with their statistics, and the head",
+    EWC: f"Fisher diagonal of {FISHER_IMAGES} old images, the expectation over answers in full; its loss and LwF's are "
+    "over the new classes' logits alone, as in their papers",
+    LWF: f"distillation of the old logits on the new images, temperature {TEMPERATURE:g}; no phase of the head alone",
+    OURS: f"share {SHARE}, width {WIDTH}, learning rate {RATE}: its defaults, nothing chosen, no validation image of "
+    f"the old classes used; condensed with a profile of {PER_CLASS} training images of each class, its time apart: "
+    "condensing; without replay, extend is given no old image",
+    "seconds": "all of learning but condensing: Fisher information, CKA, statistics and extend's report too",
+    "choice": "learning rate and strength of the baselines: the best mean of the tasks' accuracies, not told, on the "
+    "validation split",
+    "judged on": "test images, chosen settings alone, once",
+    "chain": f"{len(CHAIN)} tasks of two classes; {', '.join(CHAINED)} and nss without replay; forgetting: the best "
+    "accuracy on a task before the last one was learned, less that in the end, mean over tasks (arXiv 1801.10112)",
+    "step time": f"median milliseconds a step, of {TURNS} runs of {STEP_BATCHES} steps in turn",
+}
+
+
+def run(settings: Settings) -> Report:
+    """Measure every combination; finished parts are taken from the cache."""
+    report = Report(settings, {**PROTOCOL, "threads": torch.get_num_threads()})
+    grid = SMALL if settings.quick else WHOLE
+    chained = replace(grid, images=QUICK_CHAIN) if settings.quick else grid
+    subjects = list(settings.subjects())
+    if settings.quick:
+        subjects = sorted(subjects, key=lambda subject: subject[:2] != QUICK)[:1]
+    halves: list[Row] = []
+    chain: list[Row] = []
+    steps: list[Row] = []
+    for name, factory, seed in subjects:
+        subject = Subject(name, factory, seed, HALVES, grid.images)
+        half = Halves(subject, grid)
+        halves += _part("rq4-peers", subject, {"settings": _plain(grid)}, half.peers)
+        halves += _part("rq4-nss", subject, {"methods": grid.ours, **_ours(grid)}, half.ours)
+        steps += _part("rq4-step-time", subject, {"threads": torch.get_num_threads(), **_ours(grid)}, half.step_times)
+        subject = Subject(name, factory, seed, CHAIN, chained.images)
+        tasks = Chain(subject, chained)
+        chain += _part("rq4-chain-peers", subject, {"settings": _plain(chained)}, tasks.peers)
+        chain += _part("rq4-chain-nss", subject, _ours(chained), tasks.ours)
+    report.rows = [*halves, *chain, *steps]
+    report.summary = summarised(halves, chain, steps)
+    _show(report.summary)
+    return report
+
+
+def _part(bench: str, subject: Subject, more: Row, measure: Callable[[], list[Row]]) -> list[Row]:
+    identity = {"data": subject.name, "model": subject.factory, "seed": subject.seed, "setting": _setting(subject)}
+    key = {**identity, "weights": model_digest(subject.model), "images": subject.images, "batch": BATCH, **more}
+    return resumed(bench, key, lambda: [{**identity, **row} for row in measure()])
+
+
+def _setting(subject: Subject) -> str:
+    return " + ".join(map(str, subject.sizes))
+
+
+def _plain(grid: Grid) -> Row:
+    fixed = {"epochs": grid.epochs, "decay": WEIGHT_DECAY, "fisher": FISHER_IMAGES, "probe": PROBE}
+    return {
+        **fixed,
+        "temperature": TEMPERATURE,
+        "grid": {name: [*map(asdict, each)] for name, each in grid.settings.items()},
+    }
+
+
+def _ours(grid: Grid) -> Row:
+    return {"epochs": grid.epochs, "nss": [SHARE, WIDTH, RATE, PER_CLASS]}
+
+
+def summarised(halves: Sequence[Row], chain: Sequence[Row], steps: Sequence[Row]) -> list[Row]:
+    """Means and spreads over the seeds: chosen settings, ends and matrices of chains, neurons by layer, steps."""
+    chosen = with_differences([row for row in halves if row["chosen"]])
+    ended = [row for row in chain if row.get("chosen")]
+    matrix = [row for row in chain if "after" in row]
+    layers = [{**row, "used": ", ".join(map(str, row["used"]))} for row in chain if "layer" in row]
+    return [
+        *_means(chosen, BY, VALUES),
+        *_means(ended, BY, ENDS),
+        *_means(matrix, (*BY, "after", "task"), ("told", "accuracy")),
+        *_means(layers, (*BY, "layer", "used"), ("total", "free", "widened")),
+        *_means(steps, ("data", "model", "step"), ("milliseconds", "of_naive")),
+    ]
+
+
+def _means(rows: Sequence[Row], by: Sequence[str], values: Sequence[str]) -> list[Row]:
+    return mean_and_spread(rows, ["setting", *by], values)
+
+
+def with_differences(chosen: Sequence[Row]) -> list[Row]:
+    """Return the chosen settings with what they lost and how far they are ahead of baselines of the same seed."""
+    rows = []
+    for row in chosen:
+        same = {each["method"]: each for each in chosen if all(each[name] == row[name] for name in SUBJECT)}
+        ahead = {
+            name: row[of] - same[peer][of]
+            for name, (of, peer) in AGAINST.items()
+            if row["method"] in OUR_REPLAY and peer in same
+        }
+        lost, step = row["before"] - row["told_old"], row["seconds"] / row["steps"]
+        rows.append({**row, **ahead, "told_lost": lost, "step_seconds": step})
+    return rows
+
+
+def _show(summary: Sequence[Row]) -> None:
+    halves = [row for row in summary if "told_old" in row]
+    show("new classes: accuracy on test images", halves, ["data", "model", "method", *JUDGED, "before", "told_lost"])
+    ours = [row for row in halves if row["method"] in OUR_REPLAY]
+    show("new classes: nss less a baseline", ours, ["data", "model", "method", "told_lost", *AGAINST])
+    show("new classes: cost", halves, ["data", "model", "method", *COSTS])
+    ended = [row for row in summary if "forgetting" in row]
+    show("chain: after the last task", ended, ["data", "model", "method", *ENDS])
+    layers = [row for row in summary if "layer" in row]
+    show("chain: neurons by layer", layers, ["data", "model", "layer", "total", "used", "free", "widened"])
+    times = [row for row in summary if "milliseconds" in row]
+    show("time of a step", times, ["data", "model", "step", "milliseconds", "of_naive", "of_naive_sd"])
+
+
+def draw(report: Report, path: Path) -> None:
+    """Left what each method answers right, told and not told; right the chain, not told, after each task."""
+    panels = list(dict.fromkeys((row["data"], row["model"]) for row in report.summary))
+    figure = Figure(figsize=(11, 4.4 * len(panels)), layout="constrained")
+    for (left, right), panel in zip(figure.subplots(len(panels), 2, squeeze=False), panels, strict=True):
+        of_panel = [row for row in report.summary if (row["data"], row["model"]) == panel]
+        title = f"{panel[1].partition(':')[2]}, {panel[0]}"
+        _bars(left, [row for row in of_panel if "told_old" in row])
+        left.set(title=f"{title}: five new classes", xlabel="accuracy, test")
+        left.legend(fontsize=7)
+        _courses(right, [row for row in of_panel if "after" in row])
+        right.set(title=f"{title}: tasks of two classes", xlabel="tasks learned", ylabel="accuracy, not told, test")
+        right.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def _bars(axes: Axes, rows: Sequence[Row]) -> None:
+    """A bar for each method: all classes, not told; marks for old and new images, filled when told."""
+    places = list(range(len(rows)))
+    axes.barh(places, [row["accuracy"] for row in rows], color="lightgrey", label="all, not told")
+    for name, color in (("old", "C0"), ("new", "C1")):
+        axes.scatter([row[f"told_{name}"] for row in rows], places, s=22, color=color, label=f"{name}, told")
+        free: list[Any] = [row[f"{name}_accuracy"] for row in rows]
+        axes.scatter(free, places, s=40, facecolors="none", edgecolors=color, label=f"{name}, not told")
+    axes.set_yticks(places, [row["method"] for row in rows])
+    axes.invert_yaxis()
+
+
+def _courses(axes: Axes, rows: Sequence[Row]) -> None:
+    """Mean accuracy over the tasks so far."""
+    for method in (each for each in (*PEERS, OURS) if any(row["method"] == each for row in rows)):
+        own = [row for row in rows if row["method"] == method]
+        tasks = sorted({row["after"] for row in own})
+        means = [[row["accuracy"] for row in own if row["after"] == task] for task in tasks]
+        axes.plot(tasks, [sum(each) / len(each) for each in means], marker="o", label=method)

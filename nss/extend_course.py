@@ -1,0 +1,111 @@
+"""The course of an extension: epochs over new samples that move the new neurons and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nss.errors import ExtendError
+from nss.model import Classifier, device_of
+from nss.predict import predict
+from nss.samples import Samples
+from nss.steps import sgd
+from nss.wiring import Columns, last_column
+
+# An epoch of few samples has several passes.
+FEWEST_STEPS = 10
+# So many old images join each step, for each new one.
+OLD_PER_NEW = 0.5
+
+
+@dataclass(frozen=True)
+class ExtendEpoch:
+    """The new neurons after one pass over the new samples. Accuracies are shares of 1."""
+
+    epoch: int
+    loss: float
+    new_accuracy: float | None
+    """told the task, on the held-out part of the new samples"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train: see `extend`."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+
+
+def train_column(
+    model: Classifier, new: Samples, held_out: Samples, memory: Samples, settings: Settings, seed: int
+) -> tuple[list[ExtendEpoch], int]:
+    """Train the last column of `model`, in place. Returns what each epoch came to, and the number of steps.
+
+    new, held_out: of the last column's classes. memory: old images; with some, the new logits are trained to be lower
+    than the old ones there. No number of an earlier column is among what the optimizer steps.
+    Raises ExtendError for a loss that is not finite.
+    """
+    network, device = cast(Columns, model.network), device_of(model)
+    known = len(model.spec.classes) - model.spec.tasks[-1].classes
+    generator = torch.Generator().manual_seed(seed)
+    size = min(settings.batch_size, len(new))
+    passes = math.ceil(FEWEST_STEPS / (len(new) // size))
+    steps = settings.epochs * passes * (len(new) // size)
+    curve = []
+    with last_column(network) as column, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # dropout
+        optimizer, schedule = sgd(column.parameters(), steps, settings.learning_rate, settings.weight_decay)
+        for epoch in range(1, settings.epochs + 1):
+            total = 0.0
+            for batch in _batches(new, memory, size, passes, generator):
+                loss = _loss(model, batch.images.to(device), batch.labels.to(device), known, len(memory) > 0)
+                if not bool(torch.isfinite(loss)):
+                    raise ExtendError("the loss is not finite any more", fix="lower the learning rate")
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                total += float(loss.detach())
+            curve.append(ExtendEpoch(epoch, total * settings.epochs / steps, _told(model, held_out)))
+    return curve, steps
+
+
+def _batches(new: Samples, memory: Samples, size: int, passes: int, generator: torch.Generator) -> Iterator[Samples]:
+    """Yield batches of new samples with some of the old ones; the rest that does not fill a batch is left out."""
+    replayed = min(len(memory), math.ceil(size * OLD_PER_NEW))
+    for _ in range(passes):
+        for rows in torch.randperm(len(new), generator=generator)[: len(new) // size * size].split(size):
+            # A norm takes no statistics of a single image.
+            batch = new.pick(rows if len(rows) > 1 else rows.repeat(2))
+            again = memory.pick(torch.randperm(len(memory), generator=generator)[:replayed])
+            if len(again):
+                batch = Samples(torch.cat([batch.images, again.images]), torch.cat([batch.labels, again.labels]))
+            yield batch
+
+
+def _loss(model: Classifier, images: Tensor, labels: Tensor, known: int, replayed: bool) -> Tensor:
+    network = cast(Columns, model.network)
+    logits, features = network.parts(model.normalise(images))
+    if not replayed:
+        return F.cross_entropy(logits[-1], labels - known)
+    with torch.no_grad():
+        # As log probabilities: what gates have added to earlier classes has no bound.
+        old = network.router(logits, features)[:, :known].log_softmax(1)
+    return F.cross_entropy(torch.cat([old, logits[-1]], 1), labels)
+
+
+def _told(model: Classifier, held_out: Samples) -> float | None:
+    if not len(held_out):
+        return None
+    classes = model.spec.tasks[-1].classes
+    logits, labels = predict(model, (held_out.images, held_out.labels))
+    known = logits.shape[1] - classes
+    return float((logits[:, known:].argmax(1) + known == labels).double().mean())

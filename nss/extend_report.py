@@ -1,0 +1,83 @@
+"""What an extended model answers on held-out images: told which task they are of, and not told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nss.data import Data
+from nss.model import Classifier
+from nss.predict import predict
+from nss.samples import Samples
+
+
+@dataclass(frozen=True)
+class Told:
+    """Accuracies on held-out images, shares of 1; None where none were held out."""
+
+    old: float | None
+    """of classes known before, not told the task"""
+    new: float | None
+    overall: float | None
+    """mean over all images, not told"""
+    old_told: float | None
+    """among the classes of the image's own task"""
+    new_told: float | None
+    per_class: dict[str, float]
+    """not told; classes without a held-out image lack"""
+
+
+def judge(model: Classifier, samples: Samples, known: int) -> Told:
+    """Judge a model on held-out images; the first `known` classes are the old ones."""
+    if not len(samples):
+        return Told(None, None, None, None, None, {})
+    logits, labels = predict(model, (samples.images, samples.labels))
+    free, told = logits.argmax(1).eq(labels), told_answers(model, logits, labels).eq(labels)
+    is_old = labels < known
+    names = model.spec.classes
+    return Told(
+        old=_share(free[is_old]),
+        new=_share(free[~is_old]),
+        overall=_share(free),
+        old_told=_share(told[is_old]),
+        new_told=_share(told[~is_old]),
+        per_class={names[label]: float(free[labels == label].double().mean()) for label in labels.unique().tolist()},
+    )
+
+
+def told_accuracy(model: Classifier, data: Data) -> dict[str, tuple[float, float]]:
+    """Return accuracies by task, told which task an image is of and not told, {its first class: (told, not told)}.
+
+    Images of all tasks are in "all". They are called task-incremental and class-incremental too.
+
+    >>> nss.told_accuracy(extended, data.split("test"))["all"]
+    (0.96, 0.91)
+    """
+    logits, labels = predict(model, data)
+    free, told = logits.argmax(1).eq(labels), told_answers(model, logits, labels).eq(labels)
+    task = tasks_of(model)
+    first = [model.spec.classes[int((task == each).nonzero()[0, 0])] for each in task.unique().tolist()]
+    parts = {name: task[labels] == each for each, name in enumerate(first)} | {"all": torch.ones_like(free)}
+    return {
+        name: (float(told[part].double().mean()), float(free[part].double().mean()))
+        for name, part in parts.items()
+        if bool(part.any())
+    }
+
+
+def told_answers(model: Classifier, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the best class among those of the task that each label is of, int64 [n]."""
+    task = tasks_of(model)
+    return logits.masked_fill(task[None] != task[labels][:, None], float("-inf")).argmax(1)
+
+
+def tasks_of(model: Classifier) -> Tensor:
+    """Return the number of the task of each class, int64 [classes]; a model that was never extended has one."""
+    counts = [task.classes for task in model.spec.tasks] or [len(model.spec.classes)]
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+
+
+def _share(flags: Tensor) -> float | None:
+    return float(flags.double().mean()) if len(flags) else None

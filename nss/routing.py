@@ -1,0 +1,266 @@
+"""Not being told the task: which column's classes an image belongs to, from statistics of features that never move.
+
+The features are what the first column computes, at several depths: frozen, so what was added up over the old classes
+when they were learned stays true without an old image. With class means under one covariance, shrunken, the odds of
+"a new class" against "an old one" are a function of the features; they shift the new logits alone, so the old ones stay
+bit for bit what they were, whatever is learned later.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from nss.anatomy import dissect
+
+SHRINKAGES = (1e-4, 1e-3, 1e-2, 1e-1)
+LEAST = 1e-4
+FEATURES = 1536
+"""number of features that the router looks at, about; twice as many cost four times the room"""
+PLAIN = (1.0, 0.0, 0.0, 0.0)
+"""a gate that goes by its features alone"""
+PULL = 5.0
+"""how much a gate is pulled towards that: as much as so many images"""
+FINEST = 4
+"""side of the finest grid that a map is averaged over"""
+
+
+class Router(nn.Module):
+    """Joins the logits of columns to one set, and keeps the statistics that it does so by.
+
+    views: {name of a value of the first column: side of the grid that its maps are averaged to, 0 for what is no map}.
+    features: their number in all. classes: number of classes of each column.
+
+    >>> Router({"relu": 0}, 256, [5, 5])
+    """
+
+    mixes: Tensor
+    """for each gate, what its odds are made of: weights of what `evidence` gives, and a constant"""
+    counts: Tensor
+    """images that each class was seen in, int64 [classes]"""
+    means: Tensor
+    """[classes, features]"""
+    scatter: Tensor
+    """sum over all images of the products of features about their class's mean: the upper triangle, row by row"""
+
+    def __init__(self, views: Mapping[str, int], features: int, classes: Sequence[int]) -> None:
+        super().__init__()
+        self.views, self.features, self.classes = dict(views), features, tuple(classes)
+        known = torch.tensor(self.classes).cumsum(0).tolist()
+        self.gates = nn.ModuleList(nn.utils.skip_init(nn.Linear, features, count) for count in known[1:])
+        for parameter in self.gates.parameters():
+            nn.init.zeros_(parameter)
+        self.register_buffer("mixes", torch.tensor([PLAIN] * len(self.gates)).view(-1, len(PLAIN)))
+        self.register_buffer("counts", torch.zeros(known[-1], dtype=torch.int64))
+        self.register_buffer("means", torch.zeros(known[-1], features))
+        self.register_buffer("scatter", torch.zeros(features * (features + 1) // 2))
+
+    def view(self, name: str, value: Tensor) -> Tensor:
+        """value: what the first column computed, [n, c, h, w] or [n, c]. Returns its features [n, d]."""
+        grid = self.views[name]
+        return F.adaptive_avg_pool2d(value, grid).flatten(1) if grid else value
+
+    def forward(self, logits: Sequence[Tensor], features: Tensor) -> Tensor:
+        """logits: of each column alone [n, its classes]; features: [n, features]. Returns logits [n, all classes].
+
+        P(class) = P(column) P(class | column): each column's classes are shifted to the odds that its gate gives it
+        against all columns before. The first column's logits are handed on as they are.
+        """
+        joined = logits[0]
+        for own, gate, mix in zip(logits[1:], self.gates, self.mixes, strict=True):
+            level = joined.logsumexp(1, keepdim=True)
+            odds = evidence(gate(features), joined, own) @ mix[:-1, None] + mix[-1]
+            joined = torch.cat([joined, own.log_softmax(1) + level + odds], 1)
+        return joined
+
+    def evidence(self, logits: Sequence[Tensor], features: Tensor) -> Tensor:
+        """Return what speaks for the last column's classes, [n, 3]; the arguments are those of `forward`."""
+        joined = self(logits, features)[:, : -self.classes[-1]]
+        return evidence(self.gates[-1](features), joined, logits[-1])
+
+    def take_over(self, earlier: Router) -> None:
+        """Copy gates and statistics of a router with fewer columns."""
+        with torch.no_grad():
+            self.mixes[: len(earlier.mixes)] = earlier.mixes
+            for gate, old in zip(self.gates, earlier.gates, strict=False):
+                gate.load_state_dict(old.state_dict())
+            known = len(earlier.counts)
+            self.counts[:known], self.means[:known] = earlier.counts, earlier.means
+            self.scatter.copy_(earlier.scatter)
+
+    def learn(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Add up what classes look like that were not seen before; all of a class's images must be among the batches.
+
+        batches: features [n, features] and labels int64 [n].
+        """
+        known = len(self.counts)
+        counts = torch.zeros(known, dtype=torch.int64)
+        sums = self.means.new_zeros(known, self.features, dtype=torch.float64)
+        products = sums.new_zeros(self.features, self.features)
+        for features, labels in batches:
+            wide = features.double()
+            counts += torch.bincount(labels, minlength=known)
+            sums.index_add_(0, labels.to(sums.device), wide)
+            products += wide.T @ wide
+        new = counts > 0
+        means = sums[new] / counts[new, None].to(sums)
+        scatter = products - sums[new].T @ means
+        rows, columns = torch.triu_indices(self.features, self.features)
+        self.counts[new], self.means[new] = counts[new].to(self.counts.device), means.to(self.means)
+        self.scatter += scatter[rows, columns].to(self.scatter)
+
+    def scores(self, shrinkage: float) -> tuple[Tensor, Tensor]:
+        """Return weight [classes, features] and bias [classes] of each class's log likelihood, up to a common term.
+
+        Gaussians about the means under (1 - s) S + s trace(S)/d I, S the covariance within classes and s the shrinkage
+        (FeCAM, arXiv 2309.14062, with one covariance for all).
+        """
+        inner, means = self._covariance(), self.means.double()
+        level = inner.diagonal().mean().clamp_min(1e-12)
+        inner = (1 - shrinkage) * inner + shrinkage * level * torch.eye(len(inner)).to(inner)
+        weight = torch.linalg.solve(inner, means.T).T
+        return weight, -(weight * means).sum(1) / 2
+
+    def _covariance(self) -> Tensor:
+        """Return the covariance within classes, float64 [features, features]."""
+        rows, columns = torch.triu_indices(self.features, self.features)
+        upper = self.scatter.new_zeros(self.features, self.features, dtype=torch.float64)
+        upper[rows, columns] = self.scatter.double() / int(self.counts.sum())
+        return upper + upper.triu(1).T
+
+    def shrinkage(self) -> float:
+        """Return the shrinkage that suits the number of images (oracle approximating, Chen et al. 2010)."""
+        inner, count = self._covariance(), int(self.counts.sum())
+        spread, level = float(inner.square().mean()), float(inner.diagonal().mean()) ** 2
+        excess = (count + 1) * (spread - level / self.features)
+        return min(1.0, max(LEAST, (spread + level) / excess)) if excess > 0 else 1.0
+
+    def open_gate(self, held_out: Tensor, labels: Tensor) -> float:
+        """Set the last column's gate from the statistics. Returns the shrinkage.
+
+        held_out: features [n, features] and labels int64 [n] of images that are in no statistics. With old and new ones
+        among them the shrinkage is the one of SHRINKAGES that answers them best, both kinds alike heavy; else the one
+        that suits the number of images.
+        """
+        known = len(self.counts) - self.classes[-1]
+        both = bool((labels < known).any()) and bool((labels >= known).any())
+        candidates = {each: self.scores(each) for each in (SHRINKAGES if both else (self.shrinkage(),))}
+        chosen = max(candidates, key=lambda each: _judge(held_out, labels, candidates[each], known) if both else 0.0)
+        gate = cast(nn.Linear, self.gates[-1])
+        with torch.no_grad():
+            gate.weight.copy_(candidates[chosen][0])
+            gate.bias.copy_(candidates[chosen][1])
+        return chosen
+
+
+def evidence(scores: Tensor, joined: Tensor, own: Tensor) -> Tensor:
+    """Return what speaks for a column's classes against those before: log odds by features, levels of the logits.
+
+    scores: of the gate [n, classes so far], joined: logits of the earlier classes [n, .], own: of the column [n, .].
+    Returns [n, 3].
+    """
+    old = joined.shape[1]
+    odds = scores[:, old:].logsumexp(1) - scores[:, :old].logsumexp(1)
+    return torch.stack([odds, joined.logsumexp(1), own.logsumexp(1)], 1)
+
+
+def _judge(features: Tensor, labels: Tensor, linear: tuple[Tensor, Tensor], known: int) -> float:
+    """Return the mean of the accuracies of old and of new images, with all classes to choose from."""
+    right = ((features.double() @ linear[0].T + linear[1]).argmax(1).cpu() == labels).double()
+    return float(right[labels < known].mean() + right[labels >= known].mean()) / 2
+
+
+def fit_mix(seen: Tensor, new: Tensor) -> Tensor:
+    """Return the weights that tell new from old images by the evidence: logistic regression, both kinds alike heavy.
+
+    seen: what `evidence` gives [n, 3], new: bool [n], some of each. A penalty pulls towards PLAIN, so that a few images
+    move little.
+    """
+    seen, new = seen.double(), new.to(seen.device)
+    rows = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
+    plain = torch.tensor(PLAIN).to(rows)
+    scale = rows.square().mean(0).sqrt().clamp_min(1e-6)
+    fewer = int(torch.minimum(new.sum(), (~new).sum()))
+    weight = torch.where(new, fewer / int(new.sum()), fewer / int((~new).sum())).to(rows)
+    mix = plain.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([mix], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        misfit = F.binary_cross_entropy_with_logits(rows @ mix, new.to(rows), weight, reduction="sum")
+        total = misfit + PULL * (scale * (mix - plain)).square().sum()
+        total.backward()
+        return total
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return mix.detach().float()
+
+
+def choose_views(column: nn.Module, input_shape: tuple[int, int, int]) -> tuple[dict[str, int], int]:
+    """Return what the router looks at, {name of a value: side of its grid}, and the number of features that makes.
+
+    That is what enters the head, and each map from which a smaller one is made, averaged over as fine a grid as
+    FEATURES allow. column: the first, whole. input_shape: (channels, height, width).
+    """
+    anatomy = dissect(column, input_shape)
+    shapes = _shapes(anatomy.graph, column, input_shape)
+    made = {each.node for each in anatomy.producers}
+    head = anatomy.producers[-1].node.all_input_nodes[0]
+    maps: dict[str, list[int]] = {}
+    for node in anatomy.graph.graph.nodes:
+        for source in node.all_input_nodes:
+            if source in made and source is not head and _shrinks(shapes[source], shapes[node]):
+                maps[source.name] = shapes[source]
+        if made & set(node.all_input_nodes):
+            made.add(node)
+    grids = _grids(maps, FEATURES - shapes[head][1])
+    count = shapes[head][1] + sum(maps[name][1] * grid**2 for name, grid in grids.items())
+    return {**grids, head.name: 0}, count
+
+
+def _shrinks(source: list[int], made: list[int]) -> bool:
+    """Say whether a map is made smaller, by the shapes before and after."""
+    if len(source) != 4:
+        return False
+    if len(made) == 4:
+        return math.prod(made[2:]) < math.prod(source[2:])
+    return len(made) == 2 and made[1] < math.prod(source[1:])
+
+
+def _grids(maps: Mapping[str, list[int]], room: int) -> dict[str, int]:
+    """Return as fine a grid for each map as there is room for, the smallest number of features first.
+
+    maps: {name: shape [1, c, h, w]}, room: number of features. Maps that do not fit in at all are left out.
+    """
+    grids = dict.fromkeys(maps, 0)
+    while True:
+        finer = {
+            name: maps[name][1] * (grid + 1) ** 2
+            for name, grid in grids.items()
+            if grid < min(FINEST, *maps[name][2:]) and room >= maps[name][1] * ((grid + 1) ** 2 - grid**2)
+        }
+        if not finer:
+            return {name: grid for name, grid in grids.items() if grid}
+        name = min(finer, key=finer.__getitem__)
+        room -= finer[name] - maps[name][1] * grids[name] ** 2
+        grids[name] += 1
+
+
+def _shapes(graph: fx.GraphModule, column: nn.Module, input_shape: tuple[int, int, int]) -> dict[fx.Node, list[int]]:
+    """Return the shape of each value for one image; [] for what is no tensor."""
+    modes = {module: module.training for module in column.modules()}
+    column.eval()
+    try:
+        with torch.no_grad():
+            ShapeProp(graph).propagate(torch.zeros(1, *input_shape, device=next(column.parameters()).device))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return {node: list(getattr(node.meta.get("tensor_meta"), "shape", [])) for node in graph.graph.nodes}

@@ -1,0 +1,213 @@
+"""One-way wiring: networks side by side of which each reads what those before it compute, and none reads a later one.
+
+Each task has a *column*: a network of its own, smaller than the factory's, whose layers also read the neurons of all
+earlier columns. A weight from a later column into an earlier one does not exist, so nothing can move it. What an
+earlier column computes is done by the same operations on tensors of the same shapes however many columns follow:
+kernels choose the order of their sums by shape, so with zeros in one wide layer the last bits would move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from nss import operations as ops
+from nss.anatomy import Anatomy, dissect
+from nss.errors import ExtendError
+from nss.routing import Router
+from nss.surgery import Layer
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What an earlier step gave, by the step's number."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One operation of the factory's forward."""
+
+    name: str
+    op: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    reads: tuple[int, ...]
+    mixes: bool
+    """it is a layer whose every output reads all channels"""
+
+
+class Columns(nn.Module):
+    """A network of several columns that answers for the classes of all of them, without being told the task.
+
+    columns: networks of one factory, the first whole, each further one with the inputs that `read_earlier` adds.
+    input_shape: (channels, height, width). router: decides between the columns (see nss.routing).
+    Raises ExtendError when the factory's forward cannot be done by columns.
+
+    >>> network = Columns([old, new], (1, 28, 28), router)
+    >>> network(images).shape  # 5 old classes, then 5 new ones
+    torch.Size([2, 10])
+    """
+
+    def __init__(self, columns: Sequence[nn.Module], input_shape: tuple[int, int, int], router: Router) -> None:
+        super().__init__()
+        self.columns = nn.ModuleList(columns)
+        self.router = router
+        self._steps = _program(dissect(columns[0], input_shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: normalised images [n, c, h, w]. Returns logits [n, classes of all columns]."""
+        logits, features = self.parts(x)
+        answers: Tensor = self.router(logits, features)
+        return answers
+
+    def parts(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """x: normalised images [n, c, h, w]. Returns the logits of each column alone, and the router's features."""
+        values: list[Any] = []
+        joined: dict[tuple[int, int], Tensor] = {}
+        views = []
+        for step in self._steps:
+            values.append(self._run(step, values, joined, x))
+            if step.name in self.router.views:
+                # Now: what works in place may overwrite it later.
+                views.append(self.router.view(step.name, values[-1][0]))
+        return list(values[self._steps[-1].reads[0]]), torch.cat(views, 1)
+
+    def _run(self, step: _Step, values: list[Any], joined: dict[tuple[int, int], Tensor], x: Tensor) -> Any:
+        """Return one value when it is the same for all columns, a _ByColumn when each has its own."""
+        if step.op in ("placeholder", "output"):
+            return x
+        own = any(isinstance(values[each], _ByColumn) for each in step.reads)
+        if not own and not step.mixes:
+            return self._call(step, 0, values)
+        if step.mixes and own:
+            source = step.reads[0]
+            for column in range(1, len(self.columns)):
+                if (source, column) not in joined:
+                    joined[source, column] = torch.cat(values[source][: column + 1], 1)
+            return _ByColumn(
+                self._call(step, column, values, joined.get((source, column))) for column in range(len(self.columns))
+            )
+        return _ByColumn(self._call(step, column, values) for column in range(len(self.columns)))
+
+    def _call(self, step: _Step, column: int, values: list[Any], joined: Tensor | None = None) -> Any:
+        def filled(arg: Any) -> Any:
+            if isinstance(arg, _Value):
+                value = values[arg.step] if joined is None else joined
+                return value[column] if isinstance(value, _ByColumn) else value
+            return arg
+
+        args, kwargs = fx.node.map_aggregate((step.args, step.kwargs), filled)
+        if step.op == "call_module":
+            return self.columns[column].get_submodule(step.target)(*args, **kwargs)
+        if step.op == "call_method":
+            return getattr(args[0], step.target)(*args[1:], **kwargs)
+        return step.target(*args, **kwargs)
+
+
+class _ByColumn(tuple[Any, ...]):
+    """A value for each column."""
+
+
+def _program(anatomy: Anatomy) -> tuple[_Step, ...]:
+    refuse_unfit(anatomy)
+    mixing = {id(each.node) for each in anatomy.producers if not _depthwise(anatomy, each.module)}
+    numbers: dict[fx.Node, int] = {}
+    steps = []
+    for node in anatomy.graph.graph.nodes:
+        args, kwargs = cast(Any, fx.node.map_arg)((node.args, node.kwargs), lambda each: _Value(numbers[each]))
+        reads = tuple(numbers[each] for each in node.all_input_nodes)
+        steps.append(_Step(node.name, node.op, node.target, args, dict(kwargs), reads, id(node) in mixing))
+        numbers[node] = len(numbers)
+    return tuple(steps)
+
+
+def _depthwise(anatomy: Anatomy, module: str) -> bool:
+    layer = cast(Layer, anatomy.graph.get_submodule(module))
+    return 1 < int(getattr(layer, "groups", 1)) == getattr(layer, "in_channels", 0)
+
+
+def refuse_unfit(anatomy: Anatomy) -> None:
+    """Raise ExtendError for a network that cannot be done by columns."""
+    graph = anatomy.graph
+    nodes = list(graph.graph.nodes)
+    if sum(node.op == "placeholder" for node in nodes) != 1:
+        raise ExtendError("the network takes several inputs", allowed="one image")
+    if nodes[-1].all_input_nodes != [anatomy.producers[-1].node]:
+        raise ExtendError("the class scores do not come from a layer", allowed="a network that ends in a linear layer")
+    head = {int(each) for each in anatomy.producers[-1].out_ids}
+    mixed = {channel: why for channel, why in anatomy.mixed.items() if channel not in head}
+    reasons = sorted({*mixed.values(), *anatomy.fixed.values()})
+    reasons += [f"{node.target} is a parameter of the network itself" for node in nodes if node.op == "get_attr"]
+    for producer in anatomy.producers:
+        groups = int(getattr(graph.get_submodule(producer.module), "groups", 1))
+        if groups > 1 and not _depthwise(anatomy, producer.module):
+            reasons.append(f"{producer.module} is a convolution in groups")
+    if reasons:
+        raise ExtendError(
+            "this network cannot be extended: " + "; ".join(reasons),
+            allowed="layers whose neurons can be added and removed one by one",
+        )
+
+
+def read_earlier(column: nn.Module, earlier: Sequence[nn.Module], input_shape: tuple[int, int, int]) -> None:
+    """Let the layers of `column`, in place, read the neurons of earlier columns too, before their own.
+
+    column: as the factory built it, cut to its own neurons. earlier: the columns before it. Every layer, and the norms
+    behind them, start anew, by the layer's own rule of initialisation (torch's seed decides).
+    """
+    anatomy = dissect(column, input_shape)
+    for name, ids in {producer.module: producer.in_ids for producer in anatomy.producers}.items():
+        if bool((ids >= 0).any()) and not _depthwise(anatomy, name):
+            add_inputs(cast(Layer, column.get_submodule(name)), sum(_own_inputs(each, name) for each in earlier))
+    for module in column.modules():
+        if isinstance(module, (*ops.LAYERS, *ops.CHANNEL_NORMS)):
+            module.reset_parameters()
+
+
+def _own_inputs(column: nn.Module, module: str) -> int:
+    """Return how many of a layer's inputs come from its own column."""
+    other = cast(Layer, column.get_submodule(module))
+    return int(vars(other).get("own_inputs", other.weight.shape[1]))
+
+
+def add_inputs(layer: Layer, count: int) -> None:
+    """Let a layer read `count` channels (or units) more, before those that it reads now, with weight zero."""
+    vars(layer)["own_inputs"] = layer.weight.shape[1]
+    weight = layer.weight.detach()
+    wide = weight.new_zeros(len(weight), count + weight.shape[1], *weight.shape[2:])
+    wide[:, count:] = weight
+    layer.weight = nn.Parameter(wide, layer.weight.requires_grad)
+    if isinstance(layer, nn.Linear):
+        layer.in_features = wide.shape[1]
+    else:
+        layer.in_channels = wide.shape[1]
+
+
+@contextmanager
+def last_column(network: Columns) -> Iterator[nn.Module]:
+    """Hand out the last column to train, with all others frozen, and leave every mode and flag as it was.
+
+    What is frozen takes no gradient, is not among what the caller gives an optimizer, and has its norms in evaluation
+    mode, so that their running statistics stay.
+    """
+    modes = {module: module.training for module in network.modules()}
+    flags = {parameter: parameter.requires_grad for parameter in network.parameters()}
+    last = network.columns[-1]
+    try:
+        network.eval()
+        network.requires_grad_(False)
+        last.train().requires_grad_(True)
+        yield last
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)

@@ -1,0 +1,147 @@
+"""Stage `extend`: learn the classes that have arrived since the base model was made, beside those that it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nss.data import Dataset
+from nss.extend import ExtendReport, extend
+from nss.extend_report import Told, judge
+from nss.files import replacing, write_json
+from nss.model import Classifier, load_model, model_digest, save_model
+from nss.predict import predict
+from nss.profile import Profile
+from nss.samples import whole
+from nss.slice import SemanticSlices
+from tasks.batches import known_and_new, with_new_classes
+from tasks.params import ExtendParams
+from tasks.tables import write_csv
+from tasks.workspace import Workspace, require_same_source
+
+_TABLES = {
+    "curve.csv": ("epoch", "loss", "new"),
+    "change.csv": ("class", "before", "after"),
+    "capacity.csv": ("layer", "total", "old", "new", "free", "widened"),
+    "confusion_before.csv": ("actual", "predicted"),
+    "confusion_after.csv": ("actual", "predicted"),
+}
+# How long it took is another figure each time. Accuracies stand in metrics.json, on the images that the tables are on.
+_LEFT_OUT = ("seconds", "accuracies", "before")
+
+
+def run(params: ExtendParams, workspace: Workspace) -> None:
+    """Write artifacts/extend: metrics.json, result.json, source.json, model/, and tables of accuracies and neurons.
+
+    Learned are the new batches that hold a class that the model does not know; other new batches are left to `readapt`,
+    and stay new. When there is nothing to do, the tables are empty and there is no model; result.json says why.
+    """
+    model = load_model(workspace.out("base") / "model", workspace.packages)
+    known, arrived = known_and_new(workspace, model.spec.classes)
+    sources = {"data": known.digest, "model": model_digest(model)}
+    require_same_source(workspace.out("slice"), **sources)
+    new = with_new_classes(arrived, len(model.spec.classes))
+    why = _nothing_to_do(params, arrived, new, len(model.spec.classes))
+    batches = [batch.digest for batch in (*known.batches, *(() if why else new.batches))]
+    with replacing(workspace.out("extend")) as part:
+        part.mkdir()
+        write_json(part / "source.json", {**sources, "new": arrived.digest, "batches": batches})
+        if why:
+            _write_nothing(part, why)
+        else:
+            _learn(part, params, workspace, model, known, new)
+
+
+def _nothing_to_do(params: ExtendParams, arrived: Dataset, new: Dataset, known: int) -> str:
+    """Return why there is nothing to do, or an empty text."""
+    if params.when == "never":
+        return "extend.when is never"
+    if not len(arrived):
+        return "no batch has arrived since the model was made"
+    if not len(new):
+        return "the new batches hold no class that the model does not know"
+    counts = list(new.split("train").per_class_counts().items())[known:]
+    missing = [name for name, count in counts if not count]
+    return f"the new batches have no image to train on of {', '.join(missing)}" if missing else ""
+
+
+def _write_nothing(folder: Path, why: str) -> None:
+    write_json(folder / "metrics.json", {"done": 0})
+    write_json(folder / "result.json", {"done": False, "why": why})
+    _write_tables(folder, {})
+
+
+def _learn(
+    folder: Path, params: ExtendParams, workspace: Workspace, model: Classifier, known: Dataset, new: Dataset
+) -> None:
+    found = extend(
+        model,
+        SemanticSlices.load(workspace.out("slice") / "slices.json"),
+        new,
+        profile=Profile.load(workspace.out("profile") / "profile.safetensors"),
+        old_data=known,
+        **params.model_dump(exclude={"when"}),
+    )
+    held_out = replace(new, batches=(*known.batches, *new.batches)).split("val")
+    classes = len(model.spec.classes)
+    before = judge(model, whole(held_out.of_classes(model.spec.classes)), classes)
+    after = judge(found.model, whole(held_out), classes)
+    images = int((new.split("train").labels >= classes).sum())
+    save_model(found.model, folder / "model")
+    write_json(folder / "metrics.json", {**_metrics(found.report, before, after), "images": images})
+    write_json(folder / "result.json", _result(found.report))
+    tables = {
+        "curve.csv": [(each.epoch, each.loss, each.new_accuracy) for each in found.report.curve],
+        "change.csv": [(name, before.per_class.get(name), after.per_class.get(name)) for name in new.classes],
+        "capacity.csv": _capacity(found.report),
+        "confusion_before.csv": _answers(model, held_out),
+        "confusion_after.csv": _answers(found.model, held_out),
+    }
+    _write_tables(folder, tables)
+
+
+def _metrics(report: ExtendReport, before: Told, after: Told) -> dict[str, Any]:
+    """Summarise; accuracies are on held-out images, None where there are none."""
+    return {
+        "done": 1,
+        "accuracy": after.overall,
+        "original_old_accuracy": before.overall,
+        "old_accuracy": after.old,
+        "old_told_accuracy": after.old_told,
+        "new_accuracy": after.new,
+        "new_told_accuracy": after.new_told,
+        "trained_share": report.trained_share,
+        "shrinkage": report.shrinkage,
+        "replayed": report.replayed,
+        "steps": report.steps,
+    }
+
+
+def _result(report: ExtendReport) -> dict[str, Any]:
+    details = {name: value for name, value in report.to_dict().items() if name not in _LEFT_OUT}
+    return {"done": True, "why": f"new classes have arrived: {', '.join(report.classes)}", **details}
+
+
+def _capacity(report: ExtendReport) -> list[Sequence[Any]]:
+    return [
+        (layer, each.total, sum(each.used[:-1]), each.used[-1], each.free, each.widened)
+        for layer, each in report.capacity.items()
+    ]
+
+
+def _answers(model: Classifier, held_out: Dataset) -> list[tuple[str, str]]:
+    """One row an image, as DVC's confusion template counts them; a model answers with classes that it knows."""
+    if not len(held_out):
+        return []
+    logits, labels = predict(model, held_out)
+    rows = zip(labels.tolist(), logits.argmax(1).tolist(), strict=True)
+    # Sorted, so that rows of the same two classes stand together.
+    return [(held_out.classes[actual], held_out.classes[answer]) for actual, answer in sorted(rows)]
+
+
+def _write_tables(folder: Path, rows: dict[str, Sequence[Sequence[Any]]]) -> None:
+    """Write all tables, without rows where there is nothing to tell: DVC's plots name these files."""
+    for name, header in _TABLES.items():
+        write_csv(folder / name, header, rows.get(name, []))
