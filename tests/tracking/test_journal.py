@@ -64,6 +64,7 @@ PARAMS = Params(
         budget="macs",
         target=0.5,
         cap=0.9,
+        multiple=1,
         fine_tune_steps=0,
         learning_rate=0.1,
         distil=False,
