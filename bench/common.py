@@ -8,8 +8,10 @@ import json
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,16 @@ import torch
 from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from nss.base import train
-from nss.data import Dataset, load_data
+from nss.critical import critical_neurons
+from nss.data import Data, Dataset, load_data
 from nss.files import read_json, replacing, write_json
 from nss.ingest import add_batch, demo
 from nss.model import Classifier, build_model, load_model, save_model
+from nss.profile import Profile, profile
+from nss.slice import SemanticSlices, semantic_slices
 
 CACHE = Path(os.environ.get("NSS_BENCH_CACHE", Path.home() / ".cache" / "nss-bench"))
 NPZ = Path(os.environ.get("NSS_BENCH_DATA", Path.home() / ".cache" / "nss-datasets"))
@@ -133,6 +139,45 @@ def base_model(data: Dataset, name: str, factory: str, seed: int) -> Classifier:
             train(model, data, epochs, seed, batch_size=128, learning_rate=0.1)
             save_model(model, folder)
     return load_model(folder)
+
+
+@dataclass
+class Subject:
+    """One base model and its data, made when they are first asked for."""
+
+    name: str
+    factory: str
+    seed: int
+
+    @cached_property
+    def data(self) -> Dataset:
+        """The whole data set."""
+        return dataset(self.name)
+
+    @cached_property
+    def model(self) -> Classifier:
+        """The base model, trained once for all benchmarks."""
+        return base_model(self.data, self.name, self.factory, self.seed)
+
+
+def knowledge(model: nn.Module, train: Data, per_class: int, *, windows: int = 0) -> tuple[Profile, SemanticSlices]:
+    """Return what maintenance needs to know of a model: a profile of some images of each class, and slices by it."""
+    found = profile(model, train, ("taylor",), samples_per_class=per_class, windows=windows)
+    return found, semantic_slices(critical_neurons(found, "taylor", "cumulative", 0.95), found)
+
+
+def interleaved(runs: Mapping[str, Callable[[], int]], turns: int, warm_up: int) -> dict[str, float]:
+    """Return the median milliseconds of a step, the runs taken in turn so that other work hits all alike.
+
+    runs: {name: a run of some steps that returns their number}. warm_up: turns before those that count.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(warm_up + turns):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            steps = run()
+            taken[name].append(1000 * (time.perf_counter() - start) / steps)
+    return {name: statistics.median(each[warm_up:]) for name, each in taken.items()}
 
 
 def digest(content: Any) -> str:

@@ -9,15 +9,15 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from bench.common import Row, base_model, dataset
-from nss.critical import critical_neurons
+from bench import common
+from bench.common import Row, base_model
 from nss.data import SPLITS, Batch, Dataset, batch_digest
 from nss.grow import condense
 from nss.model import Classifier
 from nss.predict import predict
-from nss.profile import Profile, profile
+from nss.profile import Profile
 from nss.samples import Samples, rank_in_class, whole
-from nss.slice import SemanticSlices, semantic_slices
+from nss.slice import SemanticSlices
 
 HALVES = (5, 5)
 CHAIN = (2, 2, 2, 2, 2)
@@ -31,21 +31,13 @@ PER_CLASS = 500
 
 
 @dataclass
-class Subject:
+class Subject(common.Subject):
     """One base model, of the first task's classes, and the tasks of its data."""
 
-    name: str
-    factory: str
-    seed: int
     sizes: tuple[int, ...]
     """classes of each task"""
     images: int
     """of each task, in each split"""
-
-    @cached_property
-    def data(self) -> Dataset:
-        """The whole data set."""
-        return dataset(self.name)
 
     @cached_property
     def model(self) -> Classifier:
@@ -60,9 +52,7 @@ class Subject:
     @cached_property
     def known(self) -> tuple[Profile, SemanticSlices]:
         """What condensing needs to know of the base model."""
-        old = self.tasks[0].split("train")
-        found = profile(self.model, old, ("taylor",), samples_per_class=PER_CLASS)
-        return found, semantic_slices(critical_neurons(found, "taylor", "cumulative", 0.95), found)
+        return common.knowledge(self.model, self.tasks[0].split("train"), PER_CLASS)
 
     @cached_property
     def condensed(self) -> Classifier:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.readapt_peers import LAYERS, NORMS, modularize
+from bench.readapt_peers import LAYERS, NORMS, modularize, train_mode
 from nss.anatomy import dissect
 from nss.model import Classifier, evaluating, factory_network, with_network
 from nss.samples import Samples, drawn
@@ -207,10 +207,7 @@ def train_peer(
     optimizer, schedule = sgd((each for each in model.parameters() if each.requires_grad), steps, rate, WEIGHT_DECAY)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(budget.seed)  # dropout
-        model.train()
-        for name, module in network.named_modules():
-            if layers is not None and isinstance(module, NORMS) and name not in layers:
-                module.eval()
+        train_mode(network, layers, statistics=True)
         for _ in range(budget.epochs):
             for rows, again in rounds(len(new), len(memory), budget.batch_size, generator):
                 images = torch.cat([new.images[rows], memory.images[again]])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from bench.common import Row
+from bench.common import Row, interleaved
 from bench.extend_cases import Subject, balanced, forgetting, judged, matrix_row
 from bench.extend_peers import NAIVE, Budget, Setting, grown, learn, loss_of, train_peer
 from nss.extend import Extended, extend
@@ -113,12 +113,14 @@ class Halves:
         column = add_column(subject.condensed, subject.names(1), WIDTH, 0)
         loss = loss_of(NAIVE, subject.model, self._old, 0.0)
         settings = Settings(1, BATCH, NO_RATE, 0.0)
-        found = timed(
+        found = interleaved(
             {
                 NAIVE: lambda: train_peer(naive, None, new, nothing, loss, NO_RATE, one),
                 OURS: lambda: train_column(column, new, nothing, nothing, settings, 0)[1],
                 "nss, replay": lambda: train_column(column, new, nothing, memory, settings, 0)[1],
-            }
+            },
+            turns=TURNS,
+            warm_up=1,
         )
         return [{"step": step, "milliseconds": each, "of_naive": each / found[NAIVE]} for step, each in found.items()]
 
@@ -211,17 +213,3 @@ def ends(matrix: Sequence[Row]) -> Row:
         table = [[row[name] for row in matrix if row["after"] == after] for after in range(1, last + 1)]
         found |= {name: statistics.fmean(table[-1]), lost: forgetting(table)}
     return found
-
-
-def timed(runs: Mapping[str, Callable[[], int]]) -> dict[str, float]:
-    """Return the median milliseconds of a step, each run taken in turn so that other work hits all alike.
-
-    runs: {name: a run of some steps that returns their number}.
-    """
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(1 + TURNS):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            steps = run()
-            taken[name].append(1000 * (time.perf_counter() - start) / steps)
-    return {name: statistics.median(each[1:]) for name, each in taken.items()}

@@ -9,17 +9,16 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from bench.common import base_model, dataset
+from bench import common
 from nss.attacks import fgsm, pgd
-from nss.critical import critical_neurons
 from nss.data import Batch, Dataset
 from nss.drift import shifted
 from nss.model import Classifier
 from nss.mutants import mutate
 from nss.predict import predict
-from nss.profile import Profile, profile
+from nss.profile import Profile
 from nss.samples import Samples
-from nss.slice import SemanticSlices, semantic_slices
+from nss.slice import SemanticSlices
 
 DRIFT, ATTACK, REPAIR = "drift", "attack", "repair"
 MAIN = (DRIFT, "rotation 3 + noise 2")
@@ -62,23 +61,8 @@ class Case:
         return Dataset(spec.classes, spec.input_shape, (Batch("0" * 32, images, labels, split),))
 
 
-@dataclass
-class Subject:
+class Subject(common.Subject):
     """One base model and its data."""
-
-    name: str
-    factory: str
-    seed: int
-
-    @cached_property
-    def data(self) -> Dataset:
-        """The whole data set."""
-        return dataset(self.name)
-
-    @cached_property
-    def model(self) -> Classifier:
-        """The base model, trained once for all benchmarks."""
-        return base_model(self.data, self.name, self.factory, self.seed)
 
     @cached_property
     def known(self) -> tuple[Profile, SemanticSlices]:
@@ -87,8 +71,7 @@ class Subject:
 
     def knowledge(self, model: nn.Module) -> tuple[Profile, SemanticSlices]:
         """Return what readapt needs to know of a model: its profile on old data and its slices."""
-        found = profile(model, self.data.split("train"), ("taylor",), samples_per_class=PER_CLASS, windows=1)
-        return found, semantic_slices(critical_neurons(found, "taylor", "cumulative", 0.95), found)
+        return common.knowledge(model, self.data.split("train"), PER_CLASS, windows=1)
 
     def first(self, split: str, start: int, count: int) -> Samples:
         """Return `count` images of a split, from `start` on."""

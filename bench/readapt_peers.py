@@ -188,7 +188,7 @@ def train_peer(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # dropout
         for epoch in range(1, epochs + 1):
-            _mode(twin, layers, statistics)
+            train_mode(network_of(twin), layers, statistics)
             for rows in itertools.islice(orders, each_epoch):
                 loss = F.cross_entropy(twin(new.images[rows]), new.labels[rows])
                 optimizer.zero_grad()
@@ -204,11 +204,11 @@ def train_peer(
     return Trained(twin.eval(), tuple(curve), tuple(seconds), best, epochs * each_epoch, share)
 
 
-def _mode(model: nn.Module, layers: Sequence[str], statistics: bool) -> None:
-    """Training mode; only the BatchNorms that are trained move their statistics, if they may."""
-    model.train()
-    for name, module in network_of(model).named_modules():
-        if isinstance(module, NORMS) and not (statistics and name in layers):
+def train_mode(network: nn.Module, layers: Sequence[str] | None, statistics: bool) -> None:
+    """Training mode; only the norms that are trained (None: all) move their statistics, if they may."""
+    network.train()
+    for name, module in network.named_modules():
+        if isinstance(module, NORMS) and not (statistics and (layers is None or name in layers)):
             module.eval()
 
 

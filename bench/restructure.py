@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,17 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bench.common import CACHE, Report, Row, Settings, base_model, dataset, digest, mean_and_spread, resumed, show
+from bench.common import CACHE, Report, Row, Settings, Subject, digest, knowledge, mean_and_spread, resumed, show
 from bench.peers import CAP, PEERS, prune, taylor_gradients
-from nss.critical import critical_neurons
-from nss.data import Dataset
 from nss.evaluate import Evaluation, evaluate
 from nss.finetune import fine_tune
 from nss.latency import random_pixels, time_calls
 from nss.model import Classifier, load_model, model_digest, save_model
-from nss.profile import Profile, profile
+from nss.profile import Profile
 from nss.remove import remove
 from nss.restructure import Restructured, restructure
 from nss.size import count_macs, count_parameters
-from nss.slice import SemanticSlices, semantic_slices
+from nss.slice import SemanticSlices
 from nss.statistics import retake_statistics
 from nss.steps import first_of_each, training_images
 
@@ -98,21 +95,8 @@ def _against_the_best(rows: Sequence[Row]) -> list[Row]:
     return summary
 
 
-@dataclass
-class _Subject:
+class _Subject(Subject):
     """One base model and what its restructurings share, made when it is first asked for."""
-
-    name: str
-    factory: str
-    seed: int
-
-    @cached_property
-    def data(self) -> Dataset:
-        return dataset(self.name)
-
-    @cached_property
-    def model(self) -> Classifier:
-        return base_model(self.data, self.name, self.factory, self.seed)
 
     @cached_property
     def train(self) -> tuple[Tensor, Tensor]:
@@ -127,12 +111,8 @@ class _Subject:
         return evaluate(self.model, self.data.split("test"))
 
     @cached_property
-    def profiled(self) -> Profile:
-        return profile(self.model, self.data.split("train"), ("taylor",), samples_per_class=PER_CLASS)
-
-    @cached_property
-    def slices(self) -> SemanticSlices:
-        return semantic_slices(critical_neurons(self.profiled, "taylor", "cumulative", 0.95), self.profiled)
+    def known(self) -> tuple[Profile, SemanticSlices]:
+        return knowledge(self.model, self.data.split("train"), PER_CLASS)
 
     @cached_property
     def gradients(self) -> dict[str, Tensor]:
@@ -144,7 +124,7 @@ class _Subject:
 
     def prepare(self, method: str) -> None:
         """Make what `make` needs and what is not counted in its seconds."""
-        _ = self.slices if method in OURS else self.gradients if "taylor" in method else None
+        _ = self.known if method in OURS else self.gradients if "taylor" in method else None
 
     def make(self, method: str, budget: float) -> Classifier:
         """Return a smaller model on which no gradient step was taken."""
@@ -153,8 +133,9 @@ class _Subject:
             return prune(self.model, method, budget, gradients, self.calibration)
         how = budget, ALIGNED if method == "nss-8" else 1
         if how not in self.restructured:
+            profiled, slices = self.known
             self.restructured[how] = restructure(
-                self.model, self.slices, self.data, self.profiled, macs=budget, multiple=how[1], seed=self.seed
+                self.model, slices, self.data, profiled, macs=budget, multiple=how[1], seed=self.seed
             )
         if method != "nss-cut":
             return copy.deepcopy(self.restructured[how].model)

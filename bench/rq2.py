@@ -14,16 +14,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench.common import Report, Row, Settings, base_model, dataset, mean_and_spread, resumed, show
-from nss.critical import critical_neurons
+from bench.common import Report, Row, Settings, base_model, dataset, knowledge, mean_and_spread, resumed, show
 from nss.data import Dataset
 from nss.evaluate import evaluate
 from nss.model import Classifier, model_digest
-from nss.profile import profile
 from nss.prune_weights import SCHEMES, prune_weights_iteratively
 from nss.restructure import restructure
 from nss.size import count_parameters
-from nss.slice import semantic_slices
 from nss.weight_masks import count_prunable
 
 SETTINGS = ("dense", "pre-slice")
@@ -98,8 +95,7 @@ def _one(name: str, factory: str, seed: int, settings: Settings) -> list[Row]:
 
 
 def _pre_slice(model: Classifier, data: Dataset, seed: int) -> Classifier:
-    found = profile(model, data.split("train"), ("taylor",), samples_per_class=PER_CLASS)
-    slices = semantic_slices(critical_neurons(found, "taylor", "cumulative", 0.95), found)
+    found, slices = knowledge(model, data.split("train"), PER_CLASS)
     return restructure(model, slices, data, found, macs=MACS, seed=seed).model
 
 

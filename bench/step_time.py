@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.common import Row
+from bench.common import Row, interleaved
 from bench.readapt_cases import Subject
 from nss.freeze import freeze
 from nss.guard import Guard
@@ -38,7 +36,7 @@ def step_times(subject: Subject, share: float) -> list[Row]:
         "free": _stepper(copy.deepcopy(frozen), images, labels, None),
         "free, guarded": _stepper(frozen, images, labels, guard),
     }
-    found = interleaved(steps)
+    found = interleaved(steps, REPEATS, WARM_UP)
     trained = count_parameters(frozen) / count_parameters(subject.model)
     shares = {FULL: 1.0}
     return [
@@ -52,28 +50,18 @@ def step_times(subject: Subject, share: float) -> list[Row]:
     ]
 
 
-def interleaved(steps: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Return the median milliseconds of each step, taken in turn so that what else the machine does hits all alike."""
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(WARM_UP + REPEATS):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            taken[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(each[WARM_UP:]) for name, each in taken.items()}
-
-
-def _stepper(model: nn.Module, images: Tensor, labels: Tensor, guard: Guard | None) -> Callable[[], None]:
+def _stepper(model: nn.Module, images: Tensor, labels: Tensor, guard: Guard | None) -> Callable[[], int]:
     """Return a whole step of Adam: forward, backward, update; the learning rate is too small to get anywhere."""
     optimizer = torch.optim.Adam(model.parameters(), 1e-6)
     model.train()
 
-    def step() -> None:
+    def step() -> int:
         loss = F.cross_entropy(model(images), labels)
         if guard is not None:
             loss = loss + guard()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        return 1
 
     return step

@@ -39,14 +39,21 @@ def apply_plan(
     plan.check(model, sites)
     units = find_units(sites)
     stay = units.channels(units.kept(plan.neurons(), sites))  # what cannot leave stays as it is
-    read = list(readings(model.network, sites, profiled))
-    smaller = merged(model, sites, read, stay)
-    smaller.spec = replace(smaller.spec, parent=plan.model)
     sample, labels = training_images(data)
     sample, _ = first_of_each(sample, labels, max(1, images // len(model.spec.classes)))
+    smaller = refitted(model, sites, list(readings(model.network, sites, profiled)), stay, sample, seed)
+    smaller.spec = replace(smaller.spec, parent=plan.model)
+    return smaller
+
+
+def refitted(
+    model: Classifier, sites: Sites, read: Sequence[Reading], stay: Tensor, images: Tensor, seed: int
+) -> Classifier:
+    """Return what `merged` makes, refitted to the original's outputs on images [n, c, h, w]. stay: bool [channels]."""
+    smaller = merged(model, sites, read, stay)
     left = {producer.name: stay[producer.out_ids] for producer in sites.anatomy.producers}
     with evaluating(model), evaluating(smaller):
-        refit(model, smaller, left, sample, seed=seed)
+        refit(model, smaller, left, images, seed=seed)
     return smaller
 
 

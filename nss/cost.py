@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nss.coupling import lookup
 from nss.model import network_of, shape_of
+from nss.operations import is_depthwise
 from nss.sites import Sites, find_sites
 from nss.size import count_macs, count_parameters
 
@@ -81,7 +82,7 @@ def cost_model(model: nn.Module, sites: Sites | None = None, input_shape: tuple[
                 producer.places * kernel,
                 kernel if first else 0,
                 groups,
-                1 < groups == len(producer.in_ids),
+                is_depthwise(layer),
                 int(first and layer.bias is not None),
             )
         )

@@ -15,9 +15,7 @@ from nss.guard import Guard
 from nss.model import device_of
 from nss.predict import accuracy, predict
 from nss.samples import Samples
-
-# An epoch of few samples has several passes: with fewer steps the guard cannot bring back what went too far.
-FEWEST_STEPS = 10
+from nss.steps import descend, passes_of
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class Course:
         self.steps = self.kept = 0
         self._kept: list[_Kept] = []
         batches = len(samples) // self.size
-        self._passes = math.ceil(FEWEST_STEPS / batches)
+        self._passes = passes_of(len(samples), self.size)
         self._optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
             self._optimizer,
@@ -161,14 +159,8 @@ class Course:
             loss = (loss + self.memory.loss(logits[len(rows) :], again)) / 2
         if self.guard is not None:
             loss = loss + self.settings.guard * self.guard()
-        if not bool(torch.isfinite(loss)):
-            raise ReadaptError("the loss is not finite any more", where="learning_rate", fix="lower it")
-        self._optimizer.zero_grad()
-        loss.backward()
-        self._optimizer.step()
-        self._schedule.step()
         self.steps += 1
-        return float(loss.detach())
+        return descend(loss, self._optimizer, self._schedule, ReadaptError)
 
     def _judge(self, epoch: int, loss: float | None) -> bool:
         """Note what an epoch came to. Returns whether it is better on new samples than all before."""

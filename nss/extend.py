@@ -17,7 +17,7 @@ from nss.grow import Capacity, add_column, capacity, condense, evidence_of, feat
 from nss.model import Classifier
 from nss.profile import Profile
 from nss.routing import fit_mix
-from nss.samples import Samples, parts, rank_in_class
+from nss.samples import Samples, drawn, parts, rank_in_class
 from nss.size import count_parameters
 from nss.slice import SemanticSlices
 from nss.weight_masks import refuse_masks
@@ -219,11 +219,7 @@ def _memory(new: Samples, old: Samples | None, replay: float, known: int, seed: 
     if replay and old is None:
         raise ExtendError(f"replay is {replay} without old data", where="old_data", fix="give old data")
     if replay and old is not None:
-        order = torch.randperm(len(old), generator=torch.Generator().manual_seed(seed))
-        mixed = old.pick(order)
-        counts = torch.bincount(mixed.labels)[mixed.labels]
-        drawn = mixed.pick(rank_in_class(mixed.labels) < (counts * replay).round().clamp_min(1))
-        again = _joined(again, drawn)
+        again = _joined(again, old.pick(drawn(old.labels, replay, seed, least=1)))
     back = rank_in_class(again.labels) % KEPT_BACK == KEPT_BACK - 1
     return again.pick(~back), again.pick(back)
 

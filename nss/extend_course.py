@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nss.errors import ExtendError
+from nss.finetune import batches
 from nss.model import Classifier, device_of
 from nss.predict import predict
 from nss.samples import Samples
-from nss.steps import sgd
+from nss.steps import descend, passes_of, sgd
 from nss.wiring import Columns, last_column
 
-# An epoch of few samples has several passes.
-FEWEST_STEPS = 10
 # So many old images join each step, for each new one.
 OLD_PER_NEW = 0.5
 
@@ -57,38 +56,31 @@ def train_column(
     known = len(model.spec.classes) - model.spec.tasks[-1].classes
     generator = torch.Generator().manual_seed(seed)
     size = min(settings.batch_size, len(new))
-    passes = math.ceil(FEWEST_STEPS / (len(new) // size))
-    steps = settings.epochs * passes * (len(new) // size)
-    curve = []
+    each_epoch = passes_of(len(new), size) * (len(new) // size)
+    steps = settings.epochs * each_epoch
+    curve, orders = [], batches(len(new), steps, size, generator)
     with last_column(network) as column, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # dropout
         optimizer, schedule = sgd(column.parameters(), steps, settings.learning_rate, settings.weight_decay)
         for epoch in range(1, settings.epochs + 1):
             total = 0.0
-            for batch in _batches(new, memory, size, passes, generator):
+            for rows in itertools.islice(orders, each_epoch):
+                batch = _with_memory(new, rows, memory, generator)
                 loss = _loss(model, batch.images.to(device), batch.labels.to(device), known, len(memory) > 0)
-                if not bool(torch.isfinite(loss)):
-                    raise ExtendError("the loss is not finite any more", fix="lower the learning rate")
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                total += float(loss.detach())
-            curve.append(ExtendEpoch(epoch, total * settings.epochs / steps, _told(model, held_out)))
+                total += descend(loss, optimizer, schedule, ExtendError)
+            curve.append(ExtendEpoch(epoch, total / each_epoch, _told(model, held_out)))
     return curve, steps
 
 
-def _batches(new: Samples, memory: Samples, size: int, passes: int, generator: torch.Generator) -> Iterator[Samples]:
-    """Yield batches of new samples with some of the old ones; the rest that does not fill a batch is left out."""
-    replayed = min(len(memory), math.ceil(size * OLD_PER_NEW))
-    for _ in range(passes):
-        for rows in torch.randperm(len(new), generator=generator)[: len(new) // size * size].split(size):
-            # A norm takes no statistics of a single image.
-            batch = new.pick(rows if len(rows) > 1 else rows.repeat(2))
-            again = memory.pick(torch.randperm(len(memory), generator=generator)[:replayed])
-            if len(again):
-                batch = Samples(torch.cat([batch.images, again.images]), torch.cat([batch.labels, again.labels]))
-            yield batch
+def _with_memory(new: Samples, rows: Tensor, memory: Samples, generator: torch.Generator) -> Samples:
+    """Return a batch of new samples with some of the old ones."""
+    replayed = min(len(memory), math.ceil(len(rows) * OLD_PER_NEW))
+    # A norm takes no statistics of a single image.
+    batch = new.pick(rows if len(rows) > 1 else rows.repeat(2))
+    again = memory.pick(torch.randperm(len(memory), generator=generator)[:replayed])
+    if not len(again):
+        return batch
+    return Samples(torch.cat([batch.images, again.images]), torch.cat([batch.labels, again.labels]))
 
 
 def _loss(model: Classifier, images: Tensor, labels: Tensor, known: int, replayed: bool) -> Tensor:

@@ -29,11 +29,19 @@ class Told:
     """not told; classes without a held-out image lack"""
 
 
+NOBODY = Told(None, None, None, None, None, {})
+"""no image was held out"""
+
+
 def judge(model: Classifier, samples: Samples, known: int) -> Told:
     """Judge a model on held-out images; the first `known` classes are the old ones."""
     if not len(samples):
-        return Told(None, None, None, None, None, {})
-    logits, labels = predict(model, (samples.images, samples.labels))
+        return NOBODY
+    return judge_answers(model, *predict(model, (samples.images, samples.labels)), known)
+
+
+def judge_answers(model: Classifier, logits: Tensor, labels: Tensor, known: int) -> Told:
+    """Judge what a model has answered. logits: [n, classes]; labels: int64 [n]."""
     free, told = logits.argmax(1).eq(labels), told_answers(model, logits, labels).eq(labels)
     is_old = labels < known
     names = model.spec.classes

@@ -14,6 +14,7 @@ from nss.anatomy import Producer
 from nss.deeplift import Way, rescaling
 from nss.errors import ProfileError
 from nss.functional import without_inplace
+from nss.operations import is_depthwise
 from nss.sites import Site, Sites
 from nss.surgery import Layer
 from nss.taps import Tap, with_modules
@@ -143,9 +144,11 @@ class Gatherer:
             self.positions[reader.name] += rows.shape[1]
 
     def _add_windows(self, inputs: Tensor) -> None:
-        chosen = chosen_by_content(inputs, self._one_in) if self._windows else torch.zeros(0, dtype=torch.bool)
-        for window in self._windows if bool(chosen.any()) else ():
-            x = self._seen[window.node.name].detach()[: len(inputs)][chosen.to(inputs.device)]
+        if not self._windows:
+            return
+        chosen = chosen_by_content(inputs, self._one_in).nonzero()[:, 0].to(inputs.device)
+        for window in self._windows if len(chosen) else ():
+            x = self._seen[window.node.name].detach()[chosen]
             added = correlations(x, window.layer, window.channels)
             self.windows[window.name] = added + self.windows.get(window.name, 0)
             self.window_positions[window.name] += positions_of(x, window.layer, window.channels)
@@ -179,7 +182,8 @@ def readers(sites: Sites) -> Iterator[Reader]:
         own[site.ids] = True
     for producer in sites.anatomy.producers:
         ids = producer.in_ids
-        if bool((ids >= 0).any()) and bool(own[ids.clamp_min(0)].any()) and not _depthwise(producer, sites):
+        mixes = not is_depthwise(sites.anatomy.graph.get_submodule(producer.module))
+        if mixes and bool((ids >= 0).any()) and bool(own[ids.clamp_min(0)].any()):
             yield _reader(producer)
 
 
@@ -189,11 +193,6 @@ def _windows(sites: Sites) -> Iterator[Window]:
         layer = cast(Layer, sites.anatomy.graph.get_submodule(producer.module))
         reader = _reader(producer)
         yield Window(producer.name, reader.node, layer, together(layer, len(reader.ids)))
-
-
-def _depthwise(producer: Producer, sites: Sites) -> bool:
-    layer = sites.anatomy.graph.get_submodule(producer.module)
-    return 1 < int(getattr(layer, "groups", 1)) == len(producer.in_ids)
 
 
 def _reader(producer: Producer) -> Reader:

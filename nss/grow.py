@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from nss.anatomy import dissect
-from nss.apply import merged
+from nss.apply import refitted
 from nss.data import Data, iter_batches, train_part
 from nss.errors import ExtendError
-from nss.merge import order_units, readings
+from nss.merge import order_units, readings, unit_scores
 from nss.model import Classifier, Task, device_of, evaluating, factory_network, model_digest, with_network
 from nss.profile import Profile
 from nss.profile import profile as gather_profile
-from nss.refit import refit
 from nss.routing import Router, choose_views
 from nss.samples import whole
 from nss.sites import Sites, find_sites
@@ -127,18 +126,9 @@ def _condensed(model: Classifier, profile: Profile, images: Tensor, share: float
     sites = find_sites(model.network, model.spec.input_shape)
     units = find_units(sites)
     read = list(readings(model.network, sites, profile))
-    scores = torch.zeros(len(units.removable), dtype=torch.float64)
-    metric = "taylor" if "taylor" in profile.metrics else profile.metrics[0]
-    for site in sites:
-        needed = profile.scores(metric)[site.name].max(0).values
-        scores.scatter_reduce_(0, units.of[site.ids], needed, "amax")
+    scores = unit_scores(profile, sites, units)
     orders = [order_units(group.units, units.of, read, scores[group.units]).units for group in units.groups]
-    stay = _first_units(sites, units, orders, share)
-    smaller = merged(model, sites, read, stay)
-    left = {producer.name: stay[producer.out_ids] for producer in sites.anatomy.producers}
-    with evaluating(model), evaluating(smaller):
-        refit(model, smaller, left, images, seed=seed)
-    return smaller
+    return refitted(model, sites, read, _first_units(sites, units, orders, share), images, seed)
 
 
 def _first_units(sites: Sites, units: Units, orders: Sequence[Tensor], share: float) -> Tensor:

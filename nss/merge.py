@@ -21,6 +21,7 @@ from nss.gather import readers
 from nss.profile import Profile
 from nss.sites import Sites
 from nss.surgery import Layer
+from nss.units import Units
 
 RIDGE = 1e-3
 
@@ -89,6 +90,18 @@ class Order:
     """int64 [units], the most needed first"""
     missing: Tensor
     """float64 [units + 1]: share of what the readers compute that is lost when only the first k units are kept"""
+
+
+def unit_scores(profile: Profile, sites: Sites, units: Units) -> Tensor:
+    """Return how much each unit contributes to the category that needs it most, float64 [units].
+
+    That decides between units where nothing reads a layer. By taylor, where the profile has it.
+    """
+    scores = torch.zeros(len(units.removable), dtype=torch.float64)
+    by_layer = profile.scores("taylor" if "taylor" in profile.metrics else profile.metrics[0])
+    for site in sites:
+        scores.scatter_reduce_(0, units.of[site.ids], by_layer[site.name].max(0).values, "amax")
+    return scores
 
 
 def order_units(units: Tensor, of: Tensor, readers: Sequence[Reading], scores: Tensor) -> Order:

@@ -118,6 +118,11 @@ def is_passing(node: fx.Node, root: nn.Module) -> bool:
     return node.op in ("call_function", "call_method") and name_of(node) in POOL_NAMES | PASSING_NAMES
 
 
+def is_depthwise(layer: nn.Module) -> bool:
+    """Say whether each output of the layer reads one channel: none is mixed with another."""
+    return 1 < int(getattr(layer, "groups", 1)) == getattr(layer, "in_channels", 0)
+
+
 def is_dropout(node: fx.Node, root: nn.Module) -> bool:
     """Say whether the node hands its input on in evaluation mode."""
     module = module_of(node, root)

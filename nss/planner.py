@@ -11,16 +11,16 @@ from nss.allocate import Path, find_path, kept_units
 from nss.cost import cost_model
 from nss.data import Data
 from nss.errors import RestructureError
-from nss.merge import order_units, readings
+from nss.merge import order_units, readings, unit_scores
 from nss.model import Classifier, model_digest
 from nss.plan import LayerPlan, RestructurePlan
 from nss.profile import Profile
 from nss.remove import remove
 from nss.sensitivity import measure_errors
-from nss.sites import Sites, find_sites
+from nss.sites import find_sites
 from nss.slice import SemanticSlices
 from nss.steps import first_of_each, training_images
-from nss.units import Units, find_units
+from nss.units import find_units
 from nss.weight_masks import refuse_masks
 
 PROBED = 50
@@ -57,7 +57,7 @@ class Planner:
         self.units = find_units(self.sites)
         self.cost = cost_model(model, self.sites)
         self.read = list(readings(model.network, self.sites, profiled))
-        scores = _unit_scores(profiled, self.sites, self.units)
+        scores = unit_scores(profiled, self.sites, self.units)
         self.orders = [
             order_units(each.units, self.units.of, self.read, scores[each.units]) for each in self.units.groups
         ]
@@ -149,12 +149,3 @@ def _check(model: nn.Module, slices: SemanticSlices, profiled: Profile, cap: flo
         raise RestructureError("the profile has no Gram matrices", fix="profile with gram=True")
     if slices.classes != model.spec.classes:
         raise RestructureError("the slices are of other classes", fix="slice this model")
-
-
-def _unit_scores(profiled: Profile, sites: Sites, units: Units) -> Tensor:
-    """How much each unit contributes to the category that needs it most; decides where nothing reads a layer."""
-    scores = torch.zeros(len(units.removable), dtype=torch.float64)
-    for site in sites:
-        needed = profiled.scores(profiled.metrics[0])[site.name].max(0).values
-        scores.scatter_reduce_(0, units.of[site.ids], needed, "amax")
-    return scores

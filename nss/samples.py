@@ -54,8 +54,8 @@ def parts(data: Data, seed: int) -> tuple[Samples, Samples]:
     return samples.pick(~held_out), samples.pick(held_out)
 
 
-def drawn(labels: Tensor, share: float, seed: int) -> Tensor:
-    """Draw a share of each class, rounded. labels: int64 [n]. Returns bool [n].
+def drawn(labels: Tensor, share: float, seed: int, least: int = 0) -> Tensor:
+    """Draw a share of each class, rounded, but `least` if there are so many. labels: int64 [n]. Returns bool [n].
 
     >>> drawn(torch.tensor([0, 0, 1, 1, 1, 1]), 0.5, seed=0).sum()
     tensor(3)
@@ -64,7 +64,7 @@ def drawn(labels: Tensor, share: float, seed: int) -> Tensor:
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist():
         own = order[labels[order] == label]
-        chosen[own[: int(len(own) * share + 0.5)]] = True
+        chosen[own[: max(least, int(len(own) * share + 0.5))]] = True
     return chosen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -9,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nss.data import Data, train_part
-from nss.errors import ModelError
+from nss.errors import ModelError, NssError
 from nss.samples import rank_in_class, whole
+
+# An epoch of few samples has several passes: with fewer steps nothing is learned, nor brought back what went too far.
+FEWEST_STEPS = 10
 
 Schedule = torch.optim.lr_scheduler.LRScheduler
 
@@ -54,13 +58,29 @@ def step(
     loss = F.cross_entropy(logits, labels)
     if soft is not None:
         loss = (loss + F.cross_entropy(logits, soft.softmax(1))) / 2
+    return descend(loss, optimizer, schedule), int((logits.argmax(1) == labels).sum())
+
+
+def descend(
+    loss: Tensor, optimizer: torch.optim.Optimizer, schedule: Schedule, error: type[NssError] = ModelError
+) -> float:
+    """Move the weights against the gradient of `loss`. Returns it. Raises `error` when it is not finite."""
     if not bool(torch.isfinite(loss)):
-        raise ModelError("the loss is not finite any more", where="training", fix="lower the learning rate")
+        raise error("the loss is not finite any more", where="training", fix="lower the learning rate")
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     schedule.step()
-    return float(loss.detach()), int((logits.argmax(1) == labels).sum())
+    return float(loss.detach())
+
+
+def passes_of(samples: int, batch_size: int) -> int:
+    """Return how often an epoch goes through so few samples. batch_size: at most their number.
+
+    >>> passes_of(40, 8)
+    2
+    """
+    return math.ceil(FEWEST_STEPS / (samples // batch_size))
 
 
 def training_images(data: Data) -> tuple[Tensor, Tensor]:

@@ -49,11 +49,9 @@ def positions_of(x: Tensor, layer: Layer, channels: int) -> int:
 
 def lags_of(layer: Layer) -> list[Lag]:
     """Return one of each two opposite lags between kernel positions, in pixels; the first is none at all."""
-    if isinstance(layer, nn.Linear):
-        return [(0,)]
-    reach = [(size - 1, step) for size, step in zip(layer.kernel_size, layer.dilation, strict=True)]
-    every = itertools.product(*(range(-most * step, most * step + 1, step) for most, step in reach))
-    return sorted(lag for lag in every if lag >= (0,) * len(reach))
+    kernel = _kernel(layer)
+    every = itertools.product(*(range(-(size - 1) * step, size * step, step) for size, step in kernel))
+    return sorted(lag for lag in every if lag >= (0,) * len(kernel))
 
 
 def window_moment(mean: Tensor, layer: Layer) -> Tensor:
@@ -62,15 +60,15 @@ def window_moment(mean: Tensor, layer: Layer) -> Tensor:
     mean: `correlations` over the number of positions. Returns [groups, inputs + 1, inputs + 1] of its type, inputs in
     the order of a flattened row of the layer's weight. For a linear layer whose inputs count apart, of the channels.
     """
-    lags, (groups, size) = lags_of(layer), mean.shape[1:3]
-    places = _places(layer)
-    centre, channels = _centre(layer), size - 1
+    by_lag = dict(zip(lags_of(layer), mean, strict=True))
+    kernel, (groups, size) = _kernel(layer), mean.shape[1:3]
+    places = list(itertools.product(*(range(0, size * step, step) for size, step in kernel)))
+    centre, channels = tuple(size // 2 * step for size, step in kernel), size - 1
     result = mean.new_zeros(groups, channels, len(places), channels, len(places))
     ones = mean.new_zeros(groups, channels, len(places))
     for (row, first), (column, second) in itertools.product(enumerate(places), repeat=2):
         lag = tuple(b - a for a, b in zip(first, second, strict=True))
-        negative = tuple(-part for part in lag)
-        both = mean[lags.index(lag)] if lag in lags else mean[lags.index(negative)].mT
+        both = by_lag[lag] if lag in by_lag else by_lag[tuple(-part for part in lag)].mT
         result[:, :, row, :, column] = both[:, :-1, :-1]
         if first == centre:
             ones[:, :, column] = both[:, -1, :-1]
@@ -88,17 +86,11 @@ def together(layer: Layer, channels: int) -> int:
     return inputs if isinstance(layer, nn.Linear) and inputs <= WIDEST else channels
 
 
-def _places(layer: Layer) -> list[Lag]:
+def _kernel(layer: Layer) -> list[tuple[int, int]]:
+    """Return size and dilation along each axis; a linear layer has a kernel of one place."""
     if isinstance(layer, nn.Linear):
-        return [(0,)]
-    steps = zip(layer.kernel_size, layer.dilation, strict=True)
-    return list(itertools.product(*(range(0, size * step, step) for size, step in steps)))
-
-
-def _centre(layer: Layer) -> Lag:
-    if isinstance(layer, nn.Linear):
-        return (0,)
-    return tuple(size // 2 * step for size, step in zip(layer.kernel_size, layer.dilation, strict=True))
+        return [(1, 1)]
+    return list(zip(layer.kernel_size, layer.dilation, strict=True))
 
 
 def _rows(x: Tensor, layer: Layer, channels: int) -> Tensor:

@@ -118,20 +118,16 @@ class _ByColumn(tuple[Any, ...]):
 
 def _program(anatomy: Anatomy) -> tuple[_Step, ...]:
     refuse_unfit(anatomy)
-    mixing = {id(each.node) for each in anatomy.producers if not _depthwise(anatomy, each.module)}
+    graph = anatomy.graph
+    mixing = {id(each.node) for each in anatomy.producers if not ops.is_depthwise(graph.get_submodule(each.module))}
     numbers: dict[fx.Node, int] = {}
     steps = []
-    for node in anatomy.graph.graph.nodes:
+    for node in graph.graph.nodes:
         args, kwargs = cast(Any, fx.node.map_arg)((node.args, node.kwargs), lambda each: _Value(numbers[each]))
         reads = tuple(numbers[each] for each in node.all_input_nodes)
         steps.append(_Step(node.name, node.op, node.target, args, dict(kwargs), reads, id(node) in mixing))
         numbers[node] = len(numbers)
     return tuple(steps)
-
-
-def _depthwise(anatomy: Anatomy, module: str) -> bool:
-    layer = cast(Layer, anatomy.graph.get_submodule(module))
-    return 1 < int(getattr(layer, "groups", 1)) == getattr(layer, "in_channels", 0)
 
 
 def refuse_unfit(anatomy: Anatomy) -> None:
@@ -147,8 +143,8 @@ def refuse_unfit(anatomy: Anatomy) -> None:
     reasons = sorted({*mixed.values(), *anatomy.fixed.values()})
     reasons += [f"{node.target} is a parameter of the network itself" for node in nodes if node.op == "get_attr"]
     for producer in anatomy.producers:
-        groups = int(getattr(graph.get_submodule(producer.module), "groups", 1))
-        if groups > 1 and not _depthwise(anatomy, producer.module):
+        layer = graph.get_submodule(producer.module)
+        if int(getattr(layer, "groups", 1)) > 1 and not ops.is_depthwise(layer):
             reasons.append(f"{producer.module} is a convolution in groups")
     if reasons:
         raise ExtendError(
@@ -165,7 +161,7 @@ def read_earlier(column: nn.Module, earlier: Sequence[nn.Module], input_shape: t
     """
     anatomy = dissect(column, input_shape)
     for name, ids in {producer.module: producer.in_ids for producer in anatomy.producers}.items():
-        if bool((ids >= 0).any()) and not _depthwise(anatomy, name):
+        if bool((ids >= 0).any()) and not ops.is_depthwise(column.get_submodule(name)):
             add_inputs(cast(Layer, column.get_submodule(name)), sum(_own_inputs(each, name) for each in earlier))
     for module in column.modules():
         if isinstance(module, (*ops.LAYERS, *ops.CHANNEL_NORMS)):

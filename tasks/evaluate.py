@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
-
 from nss.data import Dataset
 from nss.evaluate import Evaluation, SlicesEvaluation, evaluate, evaluate_slices
 from nss.extend_report import told_accuracy
@@ -15,7 +13,7 @@ from nss.model import Classifier, load_model, model_digest
 from nss.slice import SemanticSlices
 from tasks.batches import known_and_new
 from tasks.params import EvaluateParams
-from tasks.tables import write_csv
+from tasks.tables import confusion_rows, write_csv
 from tasks.workspace import Workspace, require_same_source
 
 # What the maintenance stages call their models.
@@ -63,7 +61,8 @@ def run(params: EvaluateParams, workspace: Workspace) -> None:
         part.mkdir()
         write_json(part / "metrics.json", _metrics(whole, parts, candidates))
         write_csv(part / "per_class.csv", ["class", "accuracy"], whole.old.per_class.items())
-        write_csv(part / "confusion.csv", ["actual", "predicted"], _answers(whole.old.confusion, whole.old.classes))
+        answers = confusion_rows(whole.old.confusion, whole.old.classes)
+        write_csv(part / "confusion.csv", ["actual", "predicted"], answers)
         found = {"model": whole.old.to_dict(), "new": whole.new and whole.new.to_dict(), "slices": parts.to_dict()}
         found["candidates"] = {name: each.to_dict() for name, each in candidates.items()}
         write_json(part / "evaluation.json", found)
@@ -107,12 +106,3 @@ def _metrics(whole: _Scores, parts: SlicesEvaluation, candidates: dict[str, _Sco
     for name, each in candidates.items():
         found |= each.metrics(f"{name}_")
     return found
-
-
-def _answers(confusion: Tensor, classes: tuple[str, ...]) -> list[tuple[str, str]]:
-    """One row an image, as DVC's confusion template counts them."""
-    rows = []
-    for actual, counts in zip(classes, confusion.tolist(), strict=True):
-        for predicted, count in zip(classes, counts, strict=True):
-            rows += [(actual, predicted)] * count
-    return rows

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from nss.data import Dataset
+from nss.evaluate import confusion_of
 from nss.extend import ExtendReport, extend
-from nss.extend_report import Told, judge
+from nss.extend_report import NOBODY, Told, judge_answers
 from nss.files import replacing, write_json
 from nss.model import Classifier, load_model, model_digest, save_model
 from nss.predict import predict
 from nss.profile import Profile
-from nss.samples import whole
 from nss.slice import SemanticSlices
 from tasks.batches import known_and_new, with_new_classes
 from tasks.params import ExtendParams
-from tasks.tables import write_csv
+from tasks.tables import confusion_rows, write_nothing, write_tables
 from tasks.workspace import Workspace, require_same_source
 
 _TABLES = {
@@ -49,7 +49,7 @@ def run(params: ExtendParams, workspace: Workspace) -> None:
         part.mkdir()
         write_json(part / "source.json", {**sources, "new": arrived.digest, "batches": batches})
         if why:
-            _write_nothing(part, why)
+            write_nothing(part, _TABLES, why)
         else:
             _learn(part, params, workspace, model, known, new)
 
@@ -67,12 +67,6 @@ def _nothing_to_do(params: ExtendParams, arrived: Dataset, new: Dataset, known: 
     return f"the new batches have no image to train on of {', '.join(missing)}" if missing else ""
 
 
-def _write_nothing(folder: Path, why: str) -> None:
-    write_json(folder / "metrics.json", {"done": 0})
-    write_json(folder / "result.json", {"done": False, "why": why})
-    _write_tables(folder, {})
-
-
 def _learn(
     folder: Path, params: ExtendParams, workspace: Workspace, model: Classifier, known: Dataset, new: Dataset
 ) -> None:
@@ -86,8 +80,8 @@ def _learn(
     )
     held_out = replace(new, batches=(*known.batches, *new.batches)).split("val")
     classes = len(model.spec.classes)
-    before = judge(model, whole(held_out.of_classes(model.spec.classes)), classes)
-    after = judge(found.model, whole(held_out), classes)
+    before, confused_before = _judge(model, held_out, classes)
+    after, confused_after = _judge(found.model, held_out, classes)
     images = int((new.split("train").labels >= classes).sum())
     save_model(found.model, folder / "model")
     write_json(folder / "metrics.json", {**_metrics(found.report, before, after), "images": images})
@@ -96,10 +90,20 @@ def _learn(
         "curve.csv": [(each.epoch, each.loss, each.new_accuracy) for each in found.report.curve],
         "change.csv": [(name, before.per_class.get(name), after.per_class.get(name)) for name in new.classes],
         "capacity.csv": _capacity(found.report),
-        "confusion_before.csv": _answers(model, held_out),
-        "confusion_after.csv": _answers(found.model, held_out),
+        "confusion_before.csv": confused_before,
+        "confusion_after.csv": confused_after,
     }
-    _write_tables(folder, tables)
+    write_tables(folder, _TABLES, tables)
+
+
+def _judge(model: Classifier, held_out: Dataset, known: int) -> tuple[Told, list[tuple[str, str]]]:
+    """Judge a model on the classes that it knows, and list what it answers to all images."""
+    if not len(held_out):
+        return NOBODY, []
+    logits, labels = predict(model, held_out)
+    within = labels < logits.shape[1]
+    confusion = confusion_of(logits.argmax(1), labels, len(held_out.classes))
+    return judge_answers(model, logits[within], labels[within], known), confusion_rows(confusion, held_out.classes)
 
 
 def _metrics(report: ExtendReport, before: Told, after: Told) -> dict[str, Any]:
@@ -129,19 +133,3 @@ def _capacity(report: ExtendReport) -> list[Sequence[Any]]:
         (layer, each.total, sum(each.used[:-1]), each.used[-1], each.free, each.widened)
         for layer, each in report.capacity.items()
     ]
-
-
-def _answers(model: Classifier, held_out: Dataset) -> list[tuple[str, str]]:
-    """One row an image, as DVC's confusion template counts them; a model answers with classes that it knows."""
-    if not len(held_out):
-        return []
-    logits, labels = predict(model, held_out)
-    rows = zip(labels.tolist(), logits.argmax(1).tolist(), strict=True)
-    # Sorted, so that rows of the same two classes stand together.
-    return [(held_out.classes[actual], held_out.classes[answer]) for actual, answer in sorted(rows)]
-
-
-def _write_tables(folder: Path, rows: dict[str, Sequence[Sequence[Any]]]) -> None:
-    """Write all tables, without rows where there is nothing to tell: DVC's plots name these files."""
-    for name, header in _TABLES.items():
-        write_csv(folder / name, header, rows.get(name, []))

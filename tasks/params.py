@@ -15,6 +15,12 @@ Metric = Literal["avg", "var", "ens", "taylor", "deeplift"]
 Rule = Literal["cumulative", "score", "energy", "category", "global"]
 Linkage = Literal["average", "complete", "single"]
 Budget = Literal["macs", "params", "latency_ms", "max_accuracy_drop"]
+When = Annotated[Literal["always", "never"], Field(description="always or never")]
+Epochs = Annotated[int, Field(ge=1, le=10_000, description="a whole number from 1 to 10000")]
+BatchSize = Annotated[int, Field(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")]
+Rate = Annotated[float, Field(gt=0, le=100, description="a number above 0, at most 100")]
+Decay = Annotated[float, Field(ge=0, le=1, description="a number from 0 to 1")]
+Seed = Annotated[int, Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")]
 _FACTORY = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 _PACKAGE = r"^[A-Za-z_]\w*$"
 
@@ -31,11 +37,11 @@ class BaseParams(_Group):
     packages: list[Annotated[str, Field(pattern=_PACKAGE)]] = Field(
         description="names of packages, beside nss.zoo and torchvision.models, that a factory may come from"
     )
-    epochs: int = Field(ge=1, le=10_000, description="a whole number from 1 to 10000")
-    batch_size: int = Field(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")
-    learning_rate: float = Field(gt=0, le=100, description="a number above 0, at most 100")
-    weight_decay: float = Field(ge=0, le=1, description="a number from 0 to 1")
-    seed: int = Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
+    epochs: Epochs
+    batch_size: BatchSize
+    learning_rate: Rate
+    weight_decay: Decay
+    seed: Seed
 
 
 class ProfileParams(_Group):
@@ -44,7 +50,7 @@ class ProfileParams(_Group):
     metrics: list[Metric] = Field(min_length=1, description="a list of some of avg, var, ens, taylor, deeplift")
     split: Literal["train", "val"] = Field(description="train or val")
     samples_per_class: int | None = Field(ge=1, description="a whole number from 1, or null for all")
-    batch_size: int = Field(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")
+    batch_size: BatchSize
     windows: int = Field(ge=0, le=1_000_000, description="a whole number from 0 to 1000000: of one image in so many")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="auto, cpu, cuda or mps")
     bf16: bool = Field(description="true or false")
@@ -71,52 +77,52 @@ class SliceParams(_Group):
 class RestructureParams(_Group):
     """How much smaller the model gets."""
 
-    when: Literal["always", "never"] = Field(description="always or never")
+    when: When
     budget: Budget = Field(description="macs, params, latency_ms or max_accuracy_drop")
     target: float = Field(ge=0, description="a share from 0 to 1, above 0 for a size (latency_ms: milliseconds)")
     cap: float = Field(gt=0, lt=1, description="a share above 0, below 1: the most of a layer that may leave")
     multiple: int = Field(ge=1, le=1024, description="a whole number from 1 to 1024")
     fine_tune_steps: int = Field(ge=0, le=1_000_000, description="a whole number from 0 to 1000000")
-    learning_rate: float = Field(gt=0, le=100, description="a number above 0, at most 100")
+    learning_rate: Rate
     distil: bool = Field(description="true or false")
     curve: list[Annotated[float, Field(gt=0, le=1)]] = Field(description="a list of shares above 0, at most 1")
-    seed: int = Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
+    seed: Seed
 
 
 class ReadaptParams(_Group):
     """How the model follows batches that arrive."""
 
-    when: Literal["always", "never"] = Field(description="always or never")
+    when: When
     share: float = Field(gt=0, le=1, description="a share above 0, at most 1: the most of all weights to train")
     guard: float = Field(ge=0, le=1_000_000, description="a number from 0 to 1000000: weight of the old behaviour")
-    learning_rate: float = Field(gt=0, le=100, description="a number above 0, at most 100")
-    epochs: int = Field(ge=1, le=10_000, description="a whole number from 1 to 10000")
-    batch_size: int = Field(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")
+    learning_rate: Rate
+    epochs: Epochs
+    batch_size: BatchSize
     replay: float = Field(ge=0, le=1, description="a share from 0 to 1: of the old images, to train on again")
     distil: float = Field(ge=0, le=1, description="a number from 0 to 1, above 0 with replay only")
     patience: int = Field(ge=1, le=10_000, description="a whole number from 1 to 10000")
-    seed: int = Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
+    seed: Seed
 
 
 class ExtendParams(_Group):
     """How the model learns new classes."""
 
-    when: Literal["always", "never"] = Field(description="always or never")
+    when: When
     replay: float = Field(ge=0, le=1, description="a share from 0 to 1: of the old images, to train on again")
     share: float = Field(gt=0, le=1, description="a share above 0, at most 1: of each layer, for the old classes")
     width: float = Field(gt=0, le=1, description="a share above 0, at most 1: of each layer, for the new classes")
-    learning_rate: float = Field(gt=0, le=100, description="a number above 0, at most 100")
-    epochs: int = Field(ge=1, le=10_000, description="a whole number from 1 to 10000")
-    batch_size: int = Field(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")
-    weight_decay: float = Field(ge=0, le=1, description="a number from 0 to 1")
-    seed: int = Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
+    learning_rate: Rate
+    epochs: Epochs
+    batch_size: BatchSize
+    weight_decay: Decay
+    seed: Seed
 
 
 class EvaluateParams(_Group):
     """What the models are scored on."""
 
     split: Literal["val", "test"] = Field(description="val or test")
-    batch_size: int = Field(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")
+    batch_size: BatchSize
 
 
 class Params(_Group):

@@ -15,10 +15,15 @@ from nss.readapt import ReadaptReport, readapt
 from nss.slice import SemanticSlices
 from tasks.batches import known_and_new
 from tasks.params import ReadaptParams
-from tasks.tables import write_csv
+from tasks.tables import write_nothing, write_tables
 from tasks.workspace import Workspace, require_same_source
 
 _CHANGE = ("old_before", "old_after", "new_before", "new_after")
+_TABLES = {
+    "curve.csv": ("epoch", "new", "old"),
+    "tuned.csv": ("layer", "tuned", "total"),
+    "change.csv": ("class", *_CHANGE),
+}
 
 
 def run(params: ReadaptParams, workspace: Workspace) -> None:
@@ -38,7 +43,7 @@ def run(params: ReadaptParams, workspace: Workspace) -> None:
         part.mkdir()
         write_json(part / "source.json", {**sources, "new": arrived.digest, "batches": batches})
         if why:
-            _write_nothing(part, why)
+            write_nothing(part, _TABLES, why)
         else:
             _follow(part, params, workspace, model, known, arrived)
 
@@ -66,12 +71,6 @@ def _batches_within(arrived: Dataset, classes: int) -> list[str]:
     return [batch.digest for batch in arrived.batches if int(batch.labels.max()) < classes]
 
 
-def _write_nothing(folder: Path, why: str) -> None:
-    write_json(folder / "metrics.json", {"done": 0})
-    write_json(folder / "result.json", {"done": False, "why": why})
-    _write_tables(folder, None, [])
-
-
 def _follow(
     folder: Path, params: ReadaptParams, workspace: Workspace, model: Classifier, known: Dataset, arrived: Dataset
 ) -> None:
@@ -89,7 +88,12 @@ def _follow(
     save_model(found.model, folder / "model")
     write_json(folder / "metrics.json", {**_metrics(found.report, scores), "images": len(new.split("train"))})
     write_json(folder / "result.json", {**_result(found.report), "left_to_extend": _unknown(arrived, classes)})
-    _write_tables(folder, found.report, _change(classes, scores))
+    tables = {
+        "curve.csv": [(each.epoch, each.new_accuracy, each.old_accuracy) for each in found.report.curve],
+        "tuned.csv": [(layer, *counts) for layer, counts in found.report.neurons.items()],
+        "change.csv": _change(classes, scores),
+    }
+    write_tables(folder, _TABLES, tables)
 
 
 def _scores(models: Sequence[Classifier], parts: Sequence[Dataset]) -> dict[str, Evaluation]:
@@ -125,15 +129,3 @@ def _change(classes: Sequence[str], scores: dict[str, Evaluation]) -> list[Seque
     """Return a row for each class; None where it has no held-out images."""
     columns = [scores[name].per_class if name in scores else {} for name in _CHANGE]
     return [(name, *(column.get(name) for column in columns)) for name in classes]
-
-
-def _write_tables(folder: Path, report: ReadaptReport | None, change: Sequence[Sequence[Any]]) -> None:
-    """Write curve.csv, tuned.csv and change.csv, accuracies on held-out images; without a report there are no rows.
-
-    DVC's plots name these files: they are always there.
-    """
-    curve = [(each.epoch, each.new_accuracy, each.old_accuracy) for each in report.curve] if report else []
-    tuned = [(layer, *counts) for layer, counts in report.neurons.items()] if report else []
-    write_csv(folder / "curve.csv", ["epoch", "new", "old"], curve)
-    write_csv(folder / "tuned.csv", ["layer", "tuned", "total"], tuned)
-    write_csv(folder / "change.csv", ["class", *_CHANGE], change)

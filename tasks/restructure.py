@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from nss.files import replacing, write_json
 from nss.model import load_model, model_digest, save_model
@@ -13,8 +12,14 @@ from nss.restructure import Point, Restructured, restructure
 from nss.slice import SemanticSlices
 from tasks.batches import known_data
 from tasks.params import RestructureParams
-from tasks.tables import write_csv
+from tasks.tables import write_nothing, write_tables
 from tasks.workspace import Workspace, require_same_source
+
+_TABLES = {
+    "curve.csv": ("model", "macs", "parameters", "accuracy"),
+    "kept.csv": ("layer", "kept", "total"),
+    "change.csv": ("class", "before", "after"),
+}
 
 
 def run(params: RestructureParams, workspace: Workspace) -> None:
@@ -27,9 +32,7 @@ def run(params: RestructureParams, workspace: Workspace) -> None:
         part.mkdir()
         write_json(part / "source.json", sources)
         if params.when == "never":
-            write_json(part / "metrics.json", {"done": 0})
-            _write_tables(part, [], [], [])
-            write_json(part / "result.json", {"done": False, "why": "restructure.when is never"})
+            write_nothing(part, _TABLES, "restructure.when is never")
             return
         found = restructure(
             model,
@@ -56,18 +59,9 @@ def _write(folder: Path, found: Restructured) -> None:
     points = sorted({point.macs: point for point in (*found.curve, *found.report)}.values(), key=lambda each: each.macs)
     rows = [(each.name, each.macs / first.macs, each.parameters / first.parameters, each.accuracy) for each in points]
     layers = [(name, len(each.kept), each.total) for name, each in found.plan.layers.items()]
-    _write_tables(folder, rows, layers, _change(first, last))
+    write_tables(folder, _TABLES, {"curve.csv": rows, "kept.csv": layers, "change.csv": _change(first, last)})
     write_json(folder / "metrics.json", _metrics(found.report))
     write_json(folder / "result.json", {"done": True, "why": "restructure.when is always"})
-
-
-def _write_tables(
-    folder: Path, curve: Sequence[Sequence[Any]], kept: Sequence[Sequence[Any]], change: Sequence[Sequence[Any]]
-) -> None:
-    """Write curve.csv, kept.csv and change.csv. DVC's plots name them: they are always there."""
-    write_csv(folder / "curve.csv", ["model", "macs", "parameters", "accuracy"], curve)
-    write_csv(folder / "kept.csv", ["layer", "kept", "total"], kept)
-    write_csv(folder / "change.csv", ["class", "before", "after"], change)
 
 
 def _change(before: Point, after: Point) -> list[tuple[str, float, float]]:

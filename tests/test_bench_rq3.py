@@ -12,11 +12,10 @@ import torch
 from torch import nn
 
 from bench import rq3
-from bench.common import Report, Row, Settings
+from bench.common import Report, Row, Settings, interleaved
 from bench.readapt_cases import ATTACK, DRIFT, EPS, MAIN, NEW, OTHERS, REPAIR, Case, change, worked
 from bench.readapt_peers import PEERS, train_peer, trained_layers
 from bench.readapt_points import BATCH, OURS, Grid, Points, best_new, best_of_ours, epoch_seconds, to_target
-from bench.step_time import REPEATS, WARM_UP, interleaved
 from nss.attacks import pgd
 from nss.critical import critical_neurons
 from nss.drift import shifted
@@ -264,7 +263,7 @@ def test_the_picture_has_a_row_for_each_model(tmp_path: Path) -> None:
 
 def test_steps_are_taken_in_turn_after_warming_up() -> None:
     calls: list[str] = []
-    found = interleaved({name: lambda name=name: calls.append(name) for name in ("full", "free")})
-    assert calls == ["full", "free"] * (WARM_UP + REPEATS)
+    found = interleaved({name: lambda name=name: calls.append(name) or 1 for name in ("full", "free")}, 40, 5)
+    assert calls == ["full", "free"] * (5 + 40)
     assert set(found) == {"full", "free"}
     assert all(0 <= each < 100 for each in found.values())

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bench import common, rq4
-from bench.common import Report, Row, Settings
+from bench.common import Report, Row, Settings, interleaved
 from bench.extend_cases import (
     CHAIN,
     HALVES,
@@ -31,13 +31,11 @@ from bench.extend_points import (
     CHAINED,
     OUR_REPLAY,
     OURS,
-    TURNS,
     Chain,
     Grid,
     Halves,
     best,
     ends,
-    timed,
 )
 from nss.base import train
 from nss.data import SPLITS, Batch, Dataset, batch_digest
@@ -241,14 +239,15 @@ def test_steps_are_timed_on_models_that_stay(halves: Subject) -> None:
 
 def test_runs_are_timed_in_turn_for_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
-    monkeypatch.setattr("bench.extend_points.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("bench.common.time.perf_counter", lambda: next(clock))
     calls: list[str] = []
 
     def counted(name: str, steps: int) -> Callable[[], int]:
         return lambda: calls.append(name) or steps
 
-    assert timed({"one": counted("one", 4), "two": counted("two", 10)}) == {"one": 250.0, "two": 100.0}
-    assert calls == ["one", "two"] * (1 + TURNS)
+    runs = {"one": counted("one", 4), "two": counted("two", 10)}
+    assert interleaved(runs, turns=9, warm_up=1) == {"one": 250.0, "two": 100.0}
+    assert calls == ["one", "two"] * (1 + 9)
 
 
 # The summary.

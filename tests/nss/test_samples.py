@@ -13,14 +13,21 @@ from nss.samples import FEWEST, drawn, parts, whole
 few = settings(max_examples=30, deadline=None)
 
 
-@given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=5), share=st.floats(0, 1), seed=st.integers(0, 99))
+@given(
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 99),
+    least=st.integers(0, 3),
+)
 @few
-def test_of_each_class_the_rounded_share_is_drawn(counts: list[int], share: float, seed: int) -> None:
+def test_of_each_class_the_rounded_share_is_drawn(counts: list[int], share: float, seed: int, least: int) -> None:
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
     chosen = drawn(labels, share, seed)
     assert torch.bincount(labels[chosen], minlength=len(counts)).tolist() == [int(n * share + 0.5) for n in counts]
     assert torch.equal(chosen, drawn(labels, share, seed))
+    at_least = torch.bincount(labels[drawn(labels, share, seed, least)], minlength=len(counts)).tolist()
+    assert at_least == [min(n, max(least, int(n * share + 0.5))) for n in counts]
 
 
 def test_a_pair_is_split_by_class_and_by_the_seed(networks: ModuleType) -> None:
