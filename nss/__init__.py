@@ -53,6 +53,7 @@ from nss.sliced import sliced
 from nss.statistics import retake_statistics
 from nss.triage import Triage, TriageSettings, triage
 from nss.weight_masks import count_masked
+from nss.weights import fill
 
 __version__ = "0.1.0"
 
@@ -115,6 +116,7 @@ __all__ = [
     "export_program",
     "extend",
     "fgsm",
+    "fill",
     "fine_tune",
     "foolbox_attack",
     "freeze",

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from nss.errors import ReadaptError
 from nss.guard import Guard
 from nss.model import device_of
-from nss.predict import accuracy, predict
+from nss.predict import predict
 from nss.samples import Samples
 from nss.steps import descend, passes_of
+from nss.told import within_task
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class ReadaptEpoch:
     guard: float | None
     """how much the update changes what the layers computed on old data, estimated from the profile"""
     new_accuracy: float | None
-    """on the held-out part of the new samples"""
+    """on the held-out part of the new samples; of an extended model told the task, as is the next"""
     old_accuracy: float | None
     """on the held-out part of the old data"""
 
@@ -83,6 +84,8 @@ class Course:
     Of the epochs whose accuracy on held-out new samples is within one standard error of the best (Breiman et al. 1984),
     the one that harms old knowledge least is kept. When no samples are held out, it is the one with the smallest loss
     on all of them, guard included. The original is one of them: what ends worse than it began is not kept.
+    tasks: of each class, int64 [classes], where a router tells them apart: then each image is answered within its own.
+    What leads through the router would have features moved until it errs no more, and old images pay for it.
     """
 
     def __init__(
@@ -94,9 +97,10 @@ class Course:
         memory: Memory | None,
         guard: Guard | None,
         settings: Settings,
+        tasks: Tensor | None = None,
     ) -> None:
         self.model, self.samples, self.held_out, self.old = model, samples, held_out, old
-        self.memory, self.guard, self.settings = memory, guard, settings
+        self.memory, self.guard, self.settings, self.tasks = memory, guard, settings, tasks
         self.size = min(settings.batch_size, len(samples))
         self.curve: list[ReadaptEpoch] = []
         self.steps = self.kept = 0
@@ -154,9 +158,11 @@ class Course:
         if self.memory is not None and again is not None:
             batch = torch.cat([batch, self.memory.samples.images[again]])
         logits = self.model(batch.to(device))
-        loss = F.cross_entropy(logits[: len(rows)], self.samples.labels[rows].to(device))
+        labels = self.samples.labels[rows].to(device)
+        loss = F.cross_entropy(within_task(logits[: len(rows)], labels, self.tasks), labels)
         if self.memory is not None and again is not None:
-            loss = (loss + self.memory.loss(logits[len(rows) :], again)) / 2
+            old = within_task(logits[len(rows) :], self.memory.samples.labels[again], self.tasks)
+            loss = (loss + self.memory.loss(old, again)) / 2
         if self.guard is not None:
             loss = loss + self.settings.guard * self.guard()
         self.steps += 1
@@ -177,8 +183,15 @@ class Course:
         return better
 
     def _objective(self, guard: float) -> float:
-        logits, labels = predict(self.model, (self.samples.images, self.samples.labels))
+        logits, labels = self._answers(self.samples)
         return float(F.cross_entropy(logits, labels)) + self.settings.guard * guard
 
     def _accuracy(self, samples: Samples | None) -> float | None:
-        return accuracy(self.model, (samples.images, samples.labels)) if samples else None
+        if not samples:
+            return None
+        logits, labels = self._answers(samples)
+        return float((logits.argmax(1) == labels).double().mean())
+
+    def _answers(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        logits, labels = predict(self.model, (samples.images, samples.labels))
+        return within_task(logits, labels, self.tasks), labels

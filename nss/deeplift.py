@@ -10,8 +10,8 @@ the sum of contributions at f(x) - f(x0). What mixes otherwise (softmax, LayerNo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,10 @@ class Way:
 
     rescale: bool = False
     rows: int = 1
+    watched: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    """{name of a node: how to sum up what its entries contribute}, for nodes whose way back comes by that anyway"""
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """{name of a watched node: that sum}, for those that were passed on the last way back"""
 
 
 def rescaling(graph: fx.GraphModule, way: Way) -> fx.GraphModule:
@@ -62,7 +66,7 @@ def _step(node: fx.Node, graph: fx.GraphModule, way: Way) -> nn.Module | None:
     if node.op not in ("call_module", "call_function", "call_method"):
         return None
     if ops.is_activation(node, graph):
-        return _Step(_Elementwise, ops.bound(node, graph), way)
+        return _Step(_Elementwise, ops.bound(node, graph), way, node.name)
     if ops.is_max_pool(node, graph):
         return _Step(_MaxPool, ops.bound(node, graph, return_indices=True), way)
     both = [arg for arg in node.args if isinstance(arg, fx.Node)]
@@ -85,24 +89,28 @@ class _Step(nn.Module):
 
 class _Elementwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Elementwise, way: Way) -> Tensor:
+    def forward(ctx: Any, x: Tensor, function: Elementwise, way: Way, name: str) -> Tensor:
         y = function(x)
         ctx.save_for_backward(x, y)
-        ctx.function, ctx.way = function, way
+        ctx.function, ctx.way, ctx.name = function, way, name
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         x, y = ctx.saved_tensors
         if not ctx.way.rescale:
-            return _slope(ctx.function, x, y, gradient), None, None
+            return _slope(ctx.function, x, y, gradient), None, None, None
         dx, dy = _difference(x, ctx.way.rows), _difference(y, ctx.way.rows)
+        contribution = dy.mul_(gradient)
+        if ctx.name in ctx.way.watched:
+            ctx.way.sums[ctx.name] = ctx.way.watched[ctx.name](contribution)
         if _is_relu(ctx.function):
             # Exact however small dx is; where it is 0 nothing has changed and there is nothing to pass on.
-            return dy.div_(dx).nan_to_num_(0.0).mul_(gradient), None, None
+            return contribution.div_(dx).nan_to_num_(0.0), None, None, None
         # Relative to the value, a smaller change is mostly rounding: the derivative is what the quotient tends to.
         close = dx.abs() <= torch.finfo(x.dtype).eps ** 0.5 * x.abs()
-        return torch.where(close, _derivative(ctx.function, x, gradient), dy.div_(dx).mul_(gradient)), None, None
+        found = torch.where(close, _derivative(ctx.function, x, gradient), contribution.div_(dx))
+        return found, None, None, None
 
 
 def _is_relu(function: Elementwise) -> bool:
@@ -144,14 +152,24 @@ class _MaxPool(torch.autograd.Function):
         if not ctx.way.rescale:
             return _derivative(lambda leaf: ctx.function(leaf)[0], x, gradient), None, None
         dy = _difference(y, ctx.way.rows)
+        axis = 1 if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else 2
+        flat, there, given = (_in_memory_order(each, axis) for each in (x, winners, gradient))
+        dy = _in_memory_order(dy, axis)
         # The larger side's winner has moved by at least dy in dy's direction: the quotient is within 0..1.
-        places = torch.where(dy >= 0, winners, winners[-1:]).flatten(2)
-        flat = x.flatten(2)
-        dx = flat.gather(2, places) - flat[-1:].expand_as(flat).gather(2, places)
-        share = torch.where(dx == 0, 1.0, dy.flatten(2) / dx)
-        spread = torch.zeros_like(x, memory_format=torch.contiguous_format).flatten(2)
-        spread.scatter_add_(2, places, gradient.flatten(2) * share)
-        return spread.view(x.shape), None, None
+        places = torch.where(dy >= 0, there, there[-1:])
+        dx = flat.gather(axis, places).sub_(flat[-1:].expand_as(flat).gather(axis, places))
+        share = torch.where(dx == 0, 1.0, dy / dx)
+        spread = torch.zeros_like(flat).scatter_add_(axis, places, share.mul_(given))
+        return _from_memory_order(spread, x, axis), None, None
+
+
+def _in_memory_order(x: Tensor, axis: int) -> Tensor:
+    """Return maps with their positions along one axis, 1 or 2, without moving what lies in memory in that order."""
+    return x.flatten(2) if axis == 2 else x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _from_memory_order(flat: Tensor, like: Tensor, axis: int) -> Tensor:
+    return flat.view(like.shape) if axis == 2 else flat.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
 class _Product(torch.autograd.Function):

@@ -13,13 +13,14 @@ from nss.data import Data, Dataset
 from nss.errors import ExtendError
 from nss.extend_course import ExtendEpoch, Settings, train_column
 from nss.extend_report import Told, judge
-from nss.grow import Capacity, add_column, capacity, condense, evidence_of, features_of
+from nss.grow import Capacity, add_column, capacity, condense, evidence_of
 from nss.model import Classifier
 from nss.profile import Profile
 from nss.routing import fit_mix
 from nss.samples import Samples, drawn, parts, rank_in_class
 from nss.size import count_parameters
 from nss.slice import SemanticSlices
+from nss.told import features_of
 from nss.weight_masks import refuse_masks
 from nss.wiring import Columns
 

@@ -11,6 +11,7 @@ from nss.data import Data
 from nss.model import Classifier
 from nss.predict import predict
 from nss.samples import Samples
+from nss.told import tasks_of, told_answers
 
 
 @dataclass(frozen=True)
@@ -73,18 +74,6 @@ def told_accuracy(model: Classifier, data: Data) -> dict[str, tuple[float, float
         for name, part in parts.items()
         if bool(part.any())
     }
-
-
-def told_answers(model: Classifier, logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the best class among those of the task that each label is of, int64 [n]."""
-    task = tasks_of(model)
-    return logits.masked_fill(task[None] != task[labels][:, None], float("-inf")).argmax(1)
-
-
-def tasks_of(model: Classifier) -> Tensor:
-    """Return the number of the task of each class, int64 [classes]; a model that was never extended has one."""
-    counts = [task.classes for task in model.spec.tasks] or [len(model.spec.classes)]
-    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
 
 
 def _share(flags: Tensor) -> float | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +24,8 @@ from nss.errors import NssError
 # safetensors keeps its metadata in an unordered map: with one key only, the bytes stay the same from run to run.
 _META = "nss"
 
+_TEMPORARY = re.compile(r"\.(.+)\.([^~/]+)~(\d+)\.\w{8}")
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -32,7 +37,9 @@ def replacing(path: Path) -> Iterator[Path]:
     ...     _ = part.write_text("whole or not at all")
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    # Whoever finds it after a kill can tell whether its owner still lives.
+    owner = f"{socket.gethostname()}~{os.getpid()}"
+    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.{owner}.", dir=path.parent))
     try:
         part = holder / path.name
         yield part
@@ -46,6 +53,16 @@ def replacing(path: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def owner_of(path: Path) -> tuple[str, str, int] | None:
+    """Return (name it stands for, host, process id) of a temporary folder of `replacing`; None for anything else.
+
+    >>> owner_of(Path("data/.dataset.json.laptop~4711.x3k_9a1q"))
+    ('dataset.json', 'laptop', 4711)
+    """
+    found = _TEMPORARY.fullmatch(path.name)
+    return (found[1], found[2], int(found[3])) if found else None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -62,7 +79,8 @@ def read_json(path: Path, error: type[NssError] = NssError) -> Any:
         raise _unreadable(error, "the file is missing", path) from None
     except OSError as problem:
         raise _unreadable(error, f"the file cannot be read ({problem.strerror})", path) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
+    # Numbers of thousands of digits are a ValueError too, and lists in lists without end a RecursionError.
+    except (ValueError, RecursionError) as problem:
         raise _unreadable(error, f"the file is not JSON ({problem})", path) from None
 
 
@@ -70,7 +88,10 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Any) ->
     """Write tensors and JSON-able `meta` as one safetensors file: the same input gives the same bytes."""
     with replacing(path) as part:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(plain, part, metadata={_META: json.dumps(meta)})
+        try:
+            save_file(plain, part, metadata={_META: json.dumps(meta)})
+        except SafetensorError as problem:
+            raise OSError(_number(problem), str(problem), str(path)) from None
 
 
 def read_tensors(path: Path, error: type[NssError] = NssError) -> tuple[dict[str, torch.Tensor], Any]:
@@ -82,7 +103,7 @@ def read_tensors(path: Path, error: type[NssError] = NssError) -> tuple[dict[str
             return {name: file.get_tensor(name) for name in names}, meta
     except FileNotFoundError:
         raise _unreadable(error, "the file is missing", path) from None
-    except (SafetensorError, OSError, ValueError) as problem:
+    except (SafetensorError, OSError, ValueError, RecursionError) as problem:
         raise _unreadable(error, f"the file is not a whole safetensors file ({problem})", path) from None
 
 
@@ -95,6 +116,12 @@ def file_digest(path: Path) -> str:
 def text_digest(text: str) -> str:
     """BLAKE2b digest of a text, 32 hexadecimal characters."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _number(problem: SafetensorError) -> int:
+    """Return the operating system's number of an error, which safetensors only tells in its text."""
+    found = re.search(r"os error (\d+)", str(problem))
+    return int(found[1]) if found else errno.EIO
 
 
 def _unreadable(error: type[NssError], what: str, path: Path) -> NssError:

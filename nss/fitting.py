@@ -15,6 +15,8 @@ from nss.data import CLASS_LIMIT, Dataset, class_name_problem
 from nss.sources import Block, Source
 
 Array = NDArray[Any]
+LARGEST = 4096
+"""side that images may be scaled to: at most 48 MB for an image"""
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ def fit_blocks(
     """
     if not blocks:
         return [], []
-    if resize is not None and min(resize) < 1:
-        return [], [f"resize is {resize}; allowed: height and width of at least 1"]
+    if resize is not None and not 1 <= min(resize) <= max(resize) <= LARGEST:
+        return [], [f"resize is {resize}; allowed: height and width from 1 to {LARGEST}"]
     if resize is not None and shape is not None and resize != shape[1:]:
         return [], [f"resize is {resize}, but the images of the data set are {_size(shape[1:])}"]
     channels = shape[0] if shape else max(block.images.shape[1] for block in blocks)

@@ -170,7 +170,8 @@ def _missing(candidate: Candidate) -> Iterator[Reason]:
         yield _reason("figures", Verdict.REJECT, "the accuracy of each class is missing")
     if candidate.verb != "base" and (candidate.known is None or not candidate.known.overall.images):
         yield _reason("figures", Verdict.REJECT, "the comparison with the champion on known batches is missing")
-    lopsided = [name for name in SIZES if (name in candidate.size) is not (name in candidate.champion_size)]
+    one_sided = [name for name in SIZES if (name in candidate.size) is not (name in candidate.champion_size)]
+    lopsided = one_sided if candidate.verb != "base" else []
     if lopsided or (candidate.verb == "restructure" and not _both(candidate)):
         names = ", ".join(lopsided or SIZES)
         yield _reason("figures", Verdict.REJECT, f"the size ({names}) of the candidate and of the champion is missing")
@@ -214,7 +215,11 @@ def _against_champion(candidate: Candidate, settings: GateSettings) -> Iterator[
 
 
 def _kept(what: str, where: str, pairs: Pairs, allowed: float, level: float) -> Reason:
-    """What was known must still be: HOLD for a drop that is too large, REJECT when it is no chance either."""
+    """What was known must still be: HOLD for a drop that is too large, REJECT when it is no chance either.
+
+    One image fewer is no finding, however few there are.
+    """
+    allowed = max(allowed, 1 / pairs.images)
     text = f"{what} {pairs.champion_accuracy:.3f} -> {pairs.candidate_accuracy:.3f} on {where}"
     if -pairs.difference <= allowed:
         return _reason("old knowledge", Verdict.PROMOTE, f"{text} (a drop of {allowed:g} allowed)")
@@ -231,7 +236,7 @@ def _worst_change(comparison: Comparison, where: str, settings: GateSettings) ->
 
 def _smaller(candidate: Candidate, settings: GateSettings) -> Reason:
     """Nothing may grow, and something must shrink."""
-    texts = [f"{name} {before:g} -> {after:g}" for name, (before, after) in _both(candidate).items()]
+    texts = [f"{name} {before:,.10g} -> {after:,.10g}" for name, (before, after) in _both(candidate).items()]
     verdict = Verdict.PROMOTE if _saves(candidate, settings) else Verdict.REJECT
     return _reason("size", verdict, f"{', '.join(texts)} (a saving of {settings.min_saving:g} asked for)")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, fx
 from nss.anatomy import Producer
 from nss.deeplift import Way, rescaling
 from nss.errors import ProfileError
-from nss.functional import without_inplace
+from nss.functional import with_norms_folded, without_inplace
 from nss.operations import is_depthwise
 from nss.sites import Site, Sites
 from nss.surgery import Layer
@@ -52,9 +53,7 @@ class Gatherer:
     """
 
     def __init__(self, sites: Sites, sums: Sequence[str], classes: int, *, gram: bool, windows: int = 0) -> None:
-        graph = without_inplace(sites.anatomy.graph)
-        by_name = {node.name: node for node in graph.graph.nodes}
-        self._way = Way()
+        self._way = Way(watched={site.node.name: partial(_summed, site) for site in sites})
         self._sites, self._readers = list(sites), list(readers(sites)) if gram else []
         self.counts = torch.zeros(classes, dtype=torch.int64)
         self.sums = {
@@ -72,6 +71,8 @@ class Gatherer:
         watched: list[fx.Node] = [site.node for site in sites]
         watched += [*(each.node for each in self._readers), *(each.node for each in self._windows)]
         nodes = dict.fromkeys(node.name for node in watched)
+        graph = with_norms_folded(without_inplace(sites.anatomy.graph), nodes)
+        by_name = {node.name: node for node in graph.graph.nodes}
         tapped = with_modules(graph, {by_name[name]: Tap(self._keeper(name)) for name in nodes}, "tap")
         self._graph = rescaling(tapped, self._way) if "deeplift" in sums else tapped
 
@@ -115,13 +116,16 @@ class Gatherer:
         self, name: str, activations: list[Tensor], target: Tensor, labels: Tensor, *, keep_graph: bool
     ) -> None:
         """Add |sum over the map of (a - a0) * multiplier|; for Taylor a0 is zero and the multiplier the gradient."""
+        self._way.sums.clear()
         multipliers = torch.autograd.grad(target, activations, allow_unused=True, retain_graph=keep_graph)
         for site, activation, multiplier in zip(self._sites, activations, multipliers, strict=True):
             if multiplier is None:
                 continue
-            base = activation.detach()[-1:] if name == "deeplift" else None
-            product = _products(activation.detach(), base, multiplier, site)
-            self._add(name, site, product.abs(), labels)
+            found = self._way.sums.get(site.node.name)
+            if found is None:
+                base = activation.detach()[-1:] if name == "deeplift" else None
+                found = _products(activation.detach(), base, multiplier, site)
+            self._add(name, site, found.abs(), labels)
 
     def _add_levels(self, activations: list[Tensor], labels: Tensor) -> None:
         if not {"abs", "mean", "square"} & self.sums.keys():
@@ -154,10 +158,14 @@ class Gatherer:
             self.window_positions[window.name] += positions_of(x, window.layer, window.channels)
 
 
+def _summed(site: Site, products: Tensor) -> Tensor:
+    return _over_map(products, site, torch.sum)
+
+
 def _products(activation: Tensor, base: Tensor | None, multiplier: Tensor, site: Site) -> Tensor:
     """Sum (activation - base) * multiplier over the map. Returns float64 [n, neurons]."""
-    change = activation if base is None else activation - base
-    return _over_map(change * multiplier, site, torch.sum)
+    product = activation * multiplier if base is None else (activation - base).mul_(multiplier)
+    return _summed(site, product)
 
 
 def _over_map(x: Tensor, site: Site, reduce: Callable[..., Tensor]) -> Tensor:

@@ -24,6 +24,7 @@ from nss.sites import Sites, find_sites
 from nss.slice import SemanticSlices
 from nss.steps import first_of_each
 from nss.surgery import cut
+from nss.told import features_of
 from nss.units import Units, find_units
 from nss.weight_masks import refuse_masks
 from nss.wiring import Columns, read_earlier, refuse_unfit
@@ -193,14 +194,6 @@ def capacity(model: Classifier) -> dict[str, Capacity]:
         )
         for site in sites
     }
-
-
-def features_of(model: Classifier, data: Data) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what the router sees of each batch of the data [n, features], and the labels int64 [n]."""
-    network = cast(Columns, model.network)
-    with evaluating(model), torch.no_grad():
-        for images, labels in iter_batches(data, 500):
-            yield network.parts(model.normalise(images.to(device_of(model))))[1], labels.cpu().long()
 
 
 def evidence_of(model: Classifier, data: Data) -> Iterator[Tensor]:

@@ -27,6 +27,8 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         raise ValueError("the file is empty (0 bytes)")
     try:
         with warnings.catch_warnings():
+            # What PIL only warns of is decided here: the rest would be lines without a file's name.
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return _decode(path)
     except UnidentifiedImageError:

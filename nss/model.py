@@ -7,12 +7,13 @@ factory that is on the list of allowed packages and copies numbers into what it 
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import importlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ import torch
 from torch import nn
 
 from nss.errors import ModelError
-from nss.files import file_digest, read_json, read_tensors, replacing, write_json, write_tensors
+from nss.files import file_digest, read_tensors, replacing, write_json, write_tensors
 from nss.mask import ChannelMask
+from nss.model_spec import FORMAT, read_spec
+from nss.model_spec import ModelSpec as ModelSpec
+from nss.model_spec import Task as Task
 from nss.operations import LAYERS
 from nss.routing import Router
 from nss.rows import FreeRows
@@ -29,43 +33,7 @@ from nss.surgery import shrink
 from nss.weight_masks import MASK, apply_masks, plain_state
 from nss.wiring import Columns, read_earlier
 
-FORMAT = 1
 TRUSTED = ("nss.zoo", "torchvision.models")
-
-
-@dataclass(frozen=True)
-class Task:
-    """Classes that were learned together, and the neurons that learned them (see nss.extend)."""
-
-    classes: int
-    kept: Mapping[str, tuple[int, ...]]
-    """{layer: as many indices as it has neurons for this task, of the factory's}; layers that have all are absent"""
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """How to build a model again, and what it takes and answers."""
-
-    factory: str
-    """package.module:callable"""
-    classes: tuple[str, ...]
-    """in the order of the logits"""
-    input_shape: tuple[int, int, int]
-    """channels, height, width"""
-    mean: tuple[float, ...]
-    """of each channel, on pixels scaled to 0..1"""
-    std: tuple[float, ...]
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """{layer: original indices of the output channels that are left}; layers that lost nothing are absent"""
-    parent: str | None = None
-    """digest of the model this one was made from"""
-    tasks: tuple[Task, ...] = ()
-    """in the order in which they were learned; none for a model that was never extended"""
-    views: Mapping[str, int] = field(default_factory=dict)
-    """{value of the first task's network: side of the grid} that the tasks are told apart by"""
-    features: int = 0
-    """number of features that the views make"""
 
 
 class Normalise(nn.Module):
@@ -159,8 +127,16 @@ def _build_network(spec: ModelSpec, seed: int, allow: Sequence[str]) -> nn.Modul
         if columns:
             read_earlier(column, columns, spec.input_shape)
         columns.append(column)
-    router = Router(spec.views, spec.features, [task.classes for task in spec.tasks])
+    try:
+        router = Router(spec.views, spec.features, [task.classes for task in spec.tasks])
+    except RuntimeError as problem:
+        raise ModelError(f"a router of {spec.features} features cannot be made: {_first_line(problem)}") from None
     return Columns(columns, spec.input_shape, router)
+
+
+def _first_line(problem: Exception) -> str:
+    """Return what PyTorch says before its stack of C++ frames."""
+    return next(iter(str(problem).splitlines()), type(problem).__name__)
 
 
 def factory_network(spec: ModelSpec, classes: int, seed: int, allow: Sequence[str] = ()) -> nn.Module:
@@ -178,7 +154,7 @@ def factory_network(spec: ModelSpec, classes: int, seed: int, allow: Sequence[st
             network = call(**given, **spec.arguments)
         except Exception as problem:
             raise ModelError(
-                f"the factory failed: {problem}",
+                f"the factory failed: {_first_line(problem)}",
                 where=spec.factory,
                 allowed=f"arguments: {', '.join(parameters)}",
                 fix="correct `arguments`",
@@ -194,7 +170,7 @@ def find_factory(factory: str, allow: Sequence[str] = ()) -> Any:
     """Import a factory by "package.module:callable" if its package is allowed; nothing else is ever imported."""
     module, _, name = factory.partition(":")
     trusted = (*TRUSTED, *allow)
-    if not any(module == package or module.startswith(package + ".") for package in trusted):
+    if not _is_of(module, trusted):
         raise ModelError(
             "the factory is not from an allowed package",
             where=factory,
@@ -204,13 +180,32 @@ def find_factory(factory: str, allow: Sequence[str] = ()) -> Any:
     try:
         call = getattr(importlib.import_module(module), name)
         inspect.signature(call)
-        return call
     except (TypeError, ValueError):
         raise ModelError("this is no factory", where=factory, allowed="a Python function or class") from None
     except (ImportError, AttributeError) as problem:
         raise ModelError(
             f"the factory does not exist: {problem}", where=factory, allowed="package.module:callable"
         ) from None
+    # A trusted module also holds what it imports for itself, for example what downloads and unpickles a file.
+    if not _is_of(_home(call), trusted):
+        raise ModelError(
+            f"the factory is imported from {_home(call)}, which is not an allowed package",
+            where=factory,
+            allowed=", ".join(trusted),
+            fix="name the module that defines it; if you trust it, add its package to base.packages in params.yaml",
+        )
+    return call
+
+
+def _is_of(module: str, packages: Sequence[str]) -> bool:
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+def _home(call: Any) -> str:
+    """Return the module that defines a function or class, of a partial that of what it calls."""
+    while isinstance(call, functools.partial):
+        call = call.func
+    return str(getattr(call, "__module__", ""))
 
 
 def model_digest(model: nn.Module) -> str:
@@ -254,7 +249,7 @@ def load_model(folder: str | Path, allow: Sequence[str] = ()) -> Classifier:
     >>> again = nss.load_model("folder")
     """
     folder = Path(folder)
-    spec, weights = _read_spec(folder / "model.json")
+    spec, weights = read_spec(folder / "model.json")
     tensors, _ = read_tensors(folder / "model.safetensors", ModelError)
     if file_digest(folder / "model.safetensors") != weights:
         raise ModelError("the weights are not those that model.json names", where=str(folder), fix="restore the folder")
@@ -295,41 +290,6 @@ def _fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path) -
             fix="the factory has changed since the model was saved: restore it, or train again",
         )
     model.load_state_dict(dict(tensors))
-
-
-def _read_spec(path: Path) -> tuple[ModelSpec, str]:
-    content = read_json(path, ModelError)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ModelError(
-            "this is not a model.json of a format that is known", where=str(path), allowed=f'"format": {FORMAT}'
-        )
-    try:
-        spec = ModelSpec(
-            factory=str(content["factory"]),
-            classes=tuple(content["classes"]),
-            input_shape=tuple(content["input_shape"]),
-            mean=tuple(content["mean"]),
-            std=tuple(content["std"]),
-            arguments=dict(content["arguments"]),
-            kept=_indices(content["kept"]),
-            parent=content["parent"],
-            tasks=tuple(_task(each) for each in content.get("tasks", [])),
-            views={str(name): int(grid) for name, grid in content.get("views", {}).items()},
-            features=int(content.get("features", 0)),
-        )
-        return spec, str(content["weights"])
-    except (KeyError, TypeError, ValueError, AttributeError) as problem:
-        raise ModelError(
-            f"model.json lacks or garbles {problem}", where=str(path), fix="restore it (dvc checkout)"
-        ) from None
-
-
-def _task(content: Mapping[str, Any]) -> Task:
-    return Task(int(content["classes"]), _indices(content["kept"]))
-
-
-def _indices(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {str(layer): tuple(int(index) for index in indices) for layer, indices in content.items()}
 
 
 def network_of(model: nn.Module) -> nn.Module:

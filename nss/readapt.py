@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from nss.samples import Samples, drawn, parts
 from nss.sites import find_sites
 from nss.size import count_parameters
 from nss.slice import SemanticSlices
+from nss.told import route_anew, tasks_apart, within_task
 from nss.tunable import tunable_neurons
 
 # Images of the old data on which the learning curve is drawn.
@@ -95,6 +96,8 @@ def readapt(
     replay: share of the old training images that are trained on too, as many a step as new ones. distil: how much of
     their targets the original's answers are, 0 to 1. categories: the affected ones, default those of the new samples.
     patience: epochs without a better accuracy on held-out new samples after which to stop.
+    An extended model is tuned told which task an image is of, and old_data, together with the new samples, teaches its
+    router anew what tells the tasks apart; without it the router stays as it was, and mistakes more images.
 
     A part of the new samples (a Dataset's val split, else a tenth of each class) is held out. Of the epochs, the
     original included, whose accuracy there is within one standard error of the best, the one is kept that harms old
@@ -114,16 +117,20 @@ def readapt(
     new, held_out = _new_samples(new_data, slices, seed)
     settings = replace(settings, guard=guard * len(slices.classes) / len(new.labels.unique()))
     affected = _affected(new, slices, categories)
-    judged, memory = _old_samples(model, old_data, replay, distil, seed)
+    tasks = tasks_apart(model)
+    old, judged, memory = _old_samples(model, old_data, replay, distil, seed)
     shape = tuple(new.images.shape[1:])
     neurons = tunable_neurons(model, slices, new.images, new.labels, share, affected)
     frozen = freeze(model, neurons, shape)
     keeper = _guard(model, frozen, shape, profile, old_data) if guard else None
-    course = Course(frozen, new, held_out, judged, memory, keeper, settings)
+    course = Course(frozen, new, held_out, judged, memory, keeper, settings, tasks)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # dropout
         stopped = course.run(torch.Generator().manual_seed(seed))
     result, total = _dressed(model, thaw(frozen)), count_parameters(model)
+    moved = _moved(model, result)
+    if tasks is not None and old is not None:
+        route_anew(cast(Classifier, result), [(each.images, each.labels) for each in (old, new)])
     report = ReadaptReport(
         curve=tuple(course.curve),
         kept_epoch=course.kept,
@@ -131,7 +138,7 @@ def readapt(
         categories=affected,
         neurons={name: (int(mask.sum()), len(mask)) for name, mask in neurons.items()},
         trained_share=count_parameters(frozen) / total,
-        moved_share=_moved(model, result) / total,
+        moved_share=moved / total,
         steps=course.steps,
         seconds=time.perf_counter() - started,
     )
@@ -191,20 +198,20 @@ def _affected(new: Samples, slices: SemanticSlices, categories: Sequence[str] | 
 
 def _old_samples(
     model: nn.Module, data: Data | None, replay: float, distil: float, seed: int
-) -> tuple[Samples | None, Memory | None]:
-    """Return old samples to judge on, and those to train on again with the original's answers."""
+) -> tuple[Samples | None, Samples | None, Memory | None]:
+    """Return old samples, those to judge on, and those to train on again with the original's answers."""
     if data is None:
         if replay:
             raise ReadaptError(f"replay is {replay} without old data", where="old_data", fix="give old data")
-        return None, None
+        return None, None, None
     old, judged = parts(data, seed)
     order = torch.randperm(len(judged), generator=torch.Generator().manual_seed(seed))
     judged = judged.pick(order[:JUDGED])
     again = old.pick(drawn(old.labels, replay, seed))
     if not len(again):
-        return judged, None
-    answers, _ = predict(model, (again.images, again.labels))
-    return judged, Memory(again, answers, distil)
+        return old, judged, None
+    answers, labels = predict(model, (again.images, again.labels))
+    return old, judged, Memory(again, within_task(answers, labels, tasks_apart(model)), distil)
 
 
 def _guard(

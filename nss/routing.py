@@ -115,6 +115,20 @@ class Router(nn.Module):
         self.counts[new], self.means[new] = counts[new].to(self.counts.device), means.to(self.means)
         self.scatter += scatter[rows, columns].to(self.scatter)
 
+    def learn_anew(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Forget all images, learn those of all classes, and set every gate by the shrinkage that suits their number.
+
+        batches: features [n, features] and labels int64 [n]. What the gates are mixed with stays.
+        """
+        for statistic in (self.counts, self.means, self.scatter):
+            statistic.zero_()
+        self.learn(batches)
+        weight, bias = self.scores(self.shrinkage())
+        with torch.no_grad():
+            for gate in cast(Iterable[nn.Linear], self.gates):
+                gate.weight.copy_(weight[: gate.out_features])
+                gate.bias.copy_(bias[: gate.out_features])
+
     def scores(self, shrinkage: float) -> tuple[Tensor, Tensor]:
         """Return weight [classes, features] and bias [classes] of each class's log likelihood, up to a common term.
 

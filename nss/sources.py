@@ -77,7 +77,7 @@ def read_source(source: str | Path) -> Source:
     >>> read_source("photos/").classes  # doctest: +SKIP
     ('cat', 'dog')
     """
-    text, path = str(source), Path(source).expanduser()
+    text, path = str(source), _expanded(Path(source))
     if text.startswith("torchvision:"):
         return _read_torchvision(text.removeprefix("torchvision:"))
     if text == "fashion-mnist" and not path.exists():
@@ -88,7 +88,16 @@ def read_source(source: str | Path) -> Source:
     try:
         return _read_path(path)
     except OSError as problem:
-        raise DataError(f"the source cannot be read ({problem})", where=text, fix="check its permissions") from None
+        raise DataError(
+            f"the source cannot be read ({problem.strerror})", where=text, fix="check its permissions"
+        ) from None
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise DataError("there is no such user's home folder", where=str(path), fix="name the folder") from None
 
 
 def _read_path(path: Path) -> Source:
@@ -192,7 +201,9 @@ def _read_npz(path: Path) -> Source:
     names = None
     if "classes" in arrays:
         names = _attempt(problems, "classes", _class_names, arrays["classes"])
-    return _array_source(parts, names, problems)
+    source = _array_source(parts, names, problems)
+    # With its names refused, nobody knows which classes the labels mean.
+    return Source((), (), source.problems) if "classes" in arrays and names is None else source
 
 
 def _npz_arrays(path: Path) -> dict[str, Array]:
@@ -201,7 +212,8 @@ def _npz_arrays(path: Path) -> dict[str, Array]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError) as problem:
+    # numpy, zipfile and the decompressors raise nearly anything on damaged files, MemoryError for a false shape too.
+    except Exception as problem:
         what = f"the file cannot be read ({problem}); arrays of Python objects are never unpickled"
         raise DataError(what, where=str(path), fix="write plain arrays with numpy.savez_compressed") from None
     strange = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
@@ -241,7 +253,7 @@ def _idx_array(folder: Path, name: str) -> Array:
         raise ValueError(f"the file is missing or damaged ({problem})") from None
     axes = 3 if "idx3" in name else 1
     start = 4 + 4 * axes
-    shape = tuple(np.frombuffer(content[4:start], ">u4").tolist())
+    shape = tuple(int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4))
     if content[:4] != bytes([0, 0, 8, axes]) or len(content) != start + math.prod(shape):
         raise ValueError(f"the file is not a whole idx{axes} file of unsigned bytes")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

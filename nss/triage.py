@@ -202,13 +202,13 @@ def over_budget(sizes: Mapping[str, float], settings: TriageSettings) -> Finding
     Raises ModelError for a size that is missing or not finite though it has a budget.
 
     >>> over_budget({"macs": 2e6}, TriageSettings(budgets={"macs": 1e6})).why
-    'macs 2e+06, 1e+06 allowed'
+    'macs 2,000,000 (1,000,000 allowed)'
     """
     for name in settings.budgets:
         if not math.isfinite(sizes.get(name, float("nan"))):
             raise ModelError(f"there is a budget for {name}, but not what the model has", fix=f"measure {name}")
     evidence = {name: {"found": sizes[name], "allowed": allowed} for name, allowed in settings.budgets.items()}
-    over = [f"{name} {sizes[name]:g}, {allowed:g} allowed" for name, allowed in settings.budgets.items()]
+    over = [f"{name} {sizes[name]:,.10g} ({allowed:,.10g} allowed)" for name, allowed in settings.budgets.items()]
     over = [text for text, each in zip(over, evidence.values(), strict=True) if each["found"] > each["allowed"]]
     if over:
         return Finding(True, "; ".join(over), evidence)

@@ -19,6 +19,7 @@ from nss.sites import find_sites
 from nss.size import count_parameters
 from nss.slice import SemanticSlices
 from nss.surgery import Layer
+from nss.told import tasks_apart, within_task
 from nss.weight_masks import release_masks
 
 BATCH = 250
@@ -93,7 +94,7 @@ def _foreign(where: str) -> ReadaptError:
 
 def _relative_gradients(model: nn.Module, anatomy: Anatomy, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Return |dL/dw| / |w| of each row of each layer, float64, {module: [rows]}. The model is left as it was."""
-    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    twin, tasks = copy.deepcopy(model).eval().requires_grad_(False), tasks_apart(model)
     masks = release_masks(network_of(twin))
     weights = {
         each.module: cast(Layer, network_of(twin).get_submodule(each.module)).weight.requires_grad_()
@@ -101,7 +102,8 @@ def _relative_gradients(model: nn.Module, anatomy: Anatomy, images: Tensor, labe
     }
     sums: dict[str, Tensor] = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for batch, target in zip(images.split(BATCH), labels.split(BATCH), strict=True):
-        loss = F.cross_entropy(twin(batch.to(device_of(twin))), target.to(device_of(twin)), reduction="sum")
+        answers = within_task(twin(batch.to(device_of(twin))), target, tasks)
+        loss = F.cross_entropy(answers, target.to(device_of(twin)), reduction="sum")
         found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
         for name, gradient in zip(weights, found, strict=True):
             if gradient is not None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,16 @@ import torch
 from safetensors.torch import save_file
 
 from nss.errors import ModelError, NssError
-from nss.files import file_digest, read_json, read_tensors, replacing, text_digest, write_json, write_tensors
+from nss.files import (
+    file_digest,
+    owner_of,
+    read_json,
+    read_tensors,
+    replacing,
+    text_digest,
+    write_json,
+    write_tensors,
+)
 
 
 def entries(folder: Path) -> list[str]:
@@ -73,6 +85,33 @@ def test_the_old_folder_survives_a_rename_that_fails(tmp_path: Path, monkeypatch
     assert (folder / "old").read_text() == "old"
 
 
+@pytest.mark.parametrize("name", ["a.txt", "dataset.json", ".profile", "folder"])
+def test_a_temporary_folder_names_what_it_stands_for_and_who_made_it(tmp_path: Path, name: str) -> None:
+    with replacing(tmp_path / name) as part:
+        part.touch()
+        assert owner_of(part.parent) == (name, socket.gethostname(), os.getpid())
+    assert owner_of(tmp_path / name) is None
+
+
+@pytest.mark.parametrize(
+    "name", [".a.txt", ".a.txt.x3k_9a1q", "a.txt.host~1.x3k_9a1q", ".git", ".a.txt.host~x.x3k_9a1q"]
+)
+def test_other_files_have_no_owner(name: str) -> None:
+    assert owner_of(Path(name)) is None
+
+
+def test_a_full_disk_is_told_as_the_operating_system_tells_it(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="os error 27") as caught:
+            write_tensors(tmp_path / "x", {"a": torch.zeros(10_000)}, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "x"))
+    assert entries(tmp_path) == []
+
+
 def test_json_keeps_its_order_and_reads_back(tmp_path: Path) -> None:
     content = {"b": [1, 2.5, None, True], "a": "Grüße"}
     write_json(tmp_path / "x.json", content)
@@ -84,7 +123,14 @@ def test_json_keeps_its_order_and_reads_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "is missing"), (b"{", "is not JSON"), (b"\xff\xfe\x00", "is not JSON")]
+    ("content", "message"),
+    [
+        (None, "is missing"),
+        (b"{", "is not JSON"),
+        (b"\xff\xfe\x00", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"1" * 5000, "is not JSON"),
+    ],
 )
 def test_unreadable_json_raises_the_error_asked_for(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "x.json"
@@ -134,10 +180,11 @@ def test_unreadable_tensors_raise_the_error_asked_for(tmp_path: Path, damage: st
     assert caught.value.where == str(path)
 
 
-def test_tensors_without_our_description_have_none_and_a_garbled_one_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("garbled", ["{", "[" * 100_000])
+def test_tensors_without_our_description_have_none_and_a_garbled_one_is_refused(tmp_path: Path, garbled: str) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "plain")
     assert read_tensors(tmp_path / "plain")[1] is None
-    save_file({"a": torch.zeros(1)}, tmp_path / "garbled", metadata={"nss": "{"})
+    save_file({"a": torch.zeros(1)}, tmp_path / "garbled", metadata={"nss": garbled})
     with pytest.raises(NssError, match="not a whole safetensors file"):
         read_tensors(tmp_path / "garbled")
 

@@ -243,7 +243,9 @@ def test_resize_to_another_size_than_the_data_set_has_is_refused(pets: Path, pic
     assert problems_of(pets, pictures, resize=(8, 8)) == (
         "resize is (8, 8), but the images of the data set are 4 x 4 (height x width)",
     )
-    assert problems_of(pets, pictures, resize=(0, 4)) == ("resize is (0, 4); allowed: height and width of at least 1",)
+    for size in ((0, 4), (4, 4097), (4, 10**20)):
+        (problem,) = problems_of(pets, pictures, resize=size)
+        assert problem == f"resize is {size}; allowed: height and width from 1 to 4096"
 
 
 def test_grey_joins_colour_in_three_equal_channels(

@@ -80,6 +80,15 @@ def test_better_on_average_but_one_class_worse_by_more_than_the_margin_is_not_pr
     assert at_margin.verdict is PROMOTE
 
 
+@pytest.mark.parametrize(("lost", "verdict"), [(1, PROMOTE), (2, HOLD)])
+def test_a_class_with_few_held_out_images_may_lose_one_of_them(lost: int, verdict: Verdict) -> None:
+    # One of 19 is more than the 0.05 that are allowed, and says nothing all the same.
+    classes = {"a": Pairs(200, 140, 0, 40), "b": Pairs(19, 15, lost, 0)}
+    judged = judge(candidate("readapt", comparison(classes)))
+    assert judged.verdict is verdict
+    assert failed(judged) == ([] if lost == 1 else [("old knowledge", HOLD)])
+
+
 def test_old_knowledge_that_is_lost_over_all_classes_holds_or_rejects() -> None:
     each = {name: Pairs(100, 90, 4, 2) for name in "abcdefghij"}
     judged = judge(candidate("restructure", comparison(each), **SMALLER))

@@ -196,7 +196,7 @@ def reshape(folder: Path) -> None:
         (lambda f: (f / "model.json").write_text("{"), "the file is not JSON"),
         (lambda f: (f / "model.json").write_text("[]"), "not a model.json of a format that is known"),
         (lambda f: edit(f, lambda c: c.update(format=2)), "not a model.json of a format that is known"),
-        (lambda f: edit(f, lambda c: c.pop("classes")), "lacks or garbles 'classes'"),
+        (lambda f: edit(f, lambda c: c.pop("classes")), "lacks or garbles classes"),
         (lambda f: edit(f, lambda c: c.update(kept=[1])), "lacks or garbles"),
         (lambda f: edit(f, lambda c: c.update(arguments={"wide": 1})), "the factory failed"),
         (lambda f: edit(f, lambda c: c.update(classes=["a", "b"])), "the weights do not fit the factory"),

@@ -108,7 +108,7 @@ def test_each_budget_that_is_exceeded_is_named() -> None:
     settings = TriageSettings(budgets={"macs": 1e6, "latency_ms": 5, "bytes": 100})
     found = over_budget({"macs": 2e6, "latency_ms": 5.5, "bytes": 100, "parameters": 1e9}, settings)
     assert found.needed
-    assert found.why == "macs 2e+06, 1e+06 allowed; latency_ms 5.5, 5 allowed"
+    assert found.why == "macs 2,000,000 (1,000,000 allowed); latency_ms 5.5 (5 allowed)"
     assert found.evidence["bytes"] == {"found": 100, "allowed": 100}
     within = over_budget({"macs": 1e6, "latency_ms": 1, "bytes": 1}, settings)
     assert (within.needed, within.why) == (False, "within its budgets")

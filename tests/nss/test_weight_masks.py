@@ -300,6 +300,7 @@ def test_a_buffer_that_the_network_itself_calls_weight_mask_is_no_mask(
 ) -> None:
     home = ModuleType("own_masks")
     home.factory = lambda num_classes: nn.Sequential(OwnMask(num_classes))
+    home.factory.__module__ = "own_masks"
     monkeypatch.setitem(sys.modules, "own_masks", home)
     model = build_model("own_masks:factory", ("a", "b"), (1, 2, 2), 0, allow=["own_masks"]).eval()
     save_model(model, tmp_path / "m")

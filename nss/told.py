@@ -1,0 +1,61 @@
+"""Models of several tasks: which task a class is of, what is answered when told it, and what tells the tasks apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from nss.data import Data, iter_batches
+from nss.model import Classifier, device_of, evaluating
+from nss.wiring import Columns
+
+# Not infinite: a soft target of 0 times it must be 0.
+_UNREACHABLE = -1e30
+
+
+def tasks_of(model: Classifier) -> Tensor:
+    """Return the number of the task of each class, int64 [classes]; a model that was never extended has one."""
+    counts = [task.classes for task in model.spec.tasks] or [len(model.spec.classes)]
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+
+
+def tasks_apart(model: nn.Module) -> Tensor | None:
+    """Return the same for a model whose tasks are told apart by a router, None for any other."""
+    return tasks_of(model) if isinstance(model, Classifier) and model.spec.tasks else None
+
+
+def within_task(logits: Tensor, labels: Tensor, tasks: Tensor | None) -> Tensor:
+    """Leave each image the classes of its label's task to choose from. tasks: int64 [classes]; None: all of them.
+
+    >>> within_task(torch.zeros(1, 3), torch.tensor([2]), torch.tensor([0, 0, 1])).argmax(1)
+    tensor([2])
+    """
+    if tasks is None:
+        return logits
+    tasks = tasks.to(logits.device)
+    return logits.masked_fill(tasks[None] != tasks[labels.to(logits.device)][:, None], _UNREACHABLE)
+
+
+def told_answers(model: Classifier, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the best class among those of the task that each label is of, int64 [n]."""
+    return within_task(logits, labels, tasks_of(model)).argmax(1)
+
+
+def features_of(model: Classifier, data: Data) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what the router sees of each batch of the data [n, features], and the labels int64 [n]."""
+    network = cast(Columns, model.network)
+    with evaluating(model), torch.no_grad():
+        for images, labels in iter_batches(data, 500):
+            yield network.parts(model.normalise(images.to(device_of(model))))[1], labels.cpu().long()
+
+
+def route_anew(model: Classifier, parts: Sequence[Data]) -> None:
+    """Learn again, in place, what tells the tasks apart, from images of all classes: features that moved look new.
+
+    parts: labelled images, together of every class that is to be answered.
+    """
+    router = cast(Columns, model.network).router
+    router.learn_anew(batch for part in parts for batch in features_of(model, part))

@@ -1,0 +1,137 @@
+"""Models of several tasks: told the task, told apart anew, and followed when the world drifts."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nss.base import train
+from nss.critical import critical_neurons
+from nss.data import Dataset, load_data
+from nss.drift import shifted
+from nss.evaluate import evaluate
+from nss.extend import extend
+from nss.extend_report import told_accuracy
+from nss.ingest import demo
+from nss.model import Classifier, build_model, load_model, model_digest, save_model
+from nss.profile import Profile, profile
+from nss.readapt import readapt
+from nss.routing import Router
+from nss.slice import SemanticSlices, semantic_slices
+from nss.told import features_of, route_anew, tasks_apart, within_task
+from nss.wiring import Columns
+
+TASKS = torch.tensor([0, 0, 1])
+
+
+def test_each_image_is_left_the_classes_of_its_own_task() -> None:
+    logits = torch.tensor([[1.0, 2.0, 9.0], [7.0, 2.0, 1.0]])
+    told = within_task(logits, torch.tensor([0, 2]), TASKS)
+    assert told.argmax(1).tolist() == [1, 2]
+    # -log(e / (e + e^2)) for the first; the second has one class to choose from.
+    expected = (torch.log1p(torch.tensor(1.0).exp()) + 0) / 2
+    assert torch.allclose(F.cross_entropy(told, torch.tensor([0, 2])), expected)
+
+
+def test_soft_targets_of_another_task_cost_nothing_and_no_nan() -> None:
+    logits = torch.tensor([[1.0, 2.0, 9.0]], requires_grad=True)
+    told = within_task(logits, torch.tensor([0]), TASKS)
+    loss = F.cross_entropy(told, within_task(logits.detach(), torch.tensor([0]), TASKS).softmax(1))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert cast(Tensor, logits.grad)[0, 2] == 0
+    assert torch.isfinite(cast(Tensor, logits.grad)).all()
+
+
+def test_without_tasks_nothing_is_taken_away() -> None:
+    logits = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    assert within_task(logits, torch.tensor([0, 1, 2]), None) is logits
+
+
+def test_a_router_that_learns_anew_is_one_that_never_saw_anything_else() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(90, 4, generator=generator), torch.arange(90) % 6
+    used, fresh = Router({}, 4, (2, 2, 2)), Router({}, 4, (2, 2, 2))
+    used.learn([(features.flip(0) * 3, labels)])
+    used.learn_anew([(features[:40], labels[:40]), (features[40:], labels[40:])])
+    fresh.learn([(features[:40], labels[:40]), (features[40:], labels[40:])])
+    for name in ("counts", "means", "scatter"):
+        assert torch.equal(getattr(used, name), getattr(fresh, name)), name
+    weight, bias = fresh.scores(fresh.shrinkage())
+    for gate, known in zip(used.gates, (4, 6), strict=True):
+        assert torch.equal(gate.weight, weight[:known].float())
+        assert torch.equal(gate.bias, bias[:known].float())
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A model of the digits 0 to 7 that was taught 8 and 9, and what readapt needs of it."""
+
+    data: Dataset
+    model: Classifier
+    slices: SemanticSlices
+    profile: Profile
+
+
+def known_of(model: Classifier, data: Dataset) -> tuple[Profile, SemanticSlices]:
+    found = profile(model, data.split("train"), ("taylor",), windows=1)
+    return found, semantic_slices(critical_neurons(found, "taylor", "cumulative", 0.95), found, n_slices=3)
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> Grown:
+    folder = tmp_path_factory.mktemp("digits") / "data"
+    demo(folder)
+    data = load_data(folder)
+    old, seen = data.of_classes(data.classes[:8]), data.split("train")
+    mean, std = old.split("train").pixel_statistics()
+    model = build_model("nss.zoo:lenet", old.classes, data.image_shape, 0, mean=mean, std=std)
+    train(model, old, 8, 0, batch_size=32)
+    found, slices = known_of(model, old)
+    new = seen.images[seen.labels >= 8], seen.labels[seen.labels >= 8]
+    extended = extend(model, slices, new, profile=found, old_data=old, classes=("8", "9"), epochs=6, seed=0).model
+    found, slices = known_of(extended, data)
+    return Grown(data, extended, slices, found)
+
+
+def dark(data: Dataset, split: str) -> tuple[Tensor, Tensor]:
+    part = data.split(split)
+    return shifted(part.images, "brightness", 3, seed=0), part.labels
+
+
+def test_an_extended_model_follows_drift_and_keeps_old_and_new_classes(grown: Grown, tmp_path: Path) -> None:
+    data, test = grown.data, grown.data.split("test")
+    before, drifted = evaluate(grown.model, test).accuracy, evaluate(grown.model, dark(data, "test")).accuracy
+    found = readapt(grown.model, grown.slices, dark(data, "val"), data, profile=grown.profile, seed=0)
+    after = evaluate(found.model, test).accuracy
+    followed = evaluate(found.model, dark(data, "test")).accuracy
+    assert followed > drifted + 0.3
+    assert after > before - 0.03
+    assert followed > told_accuracy(found.model, dark(data, "test"))["all"][0] - 0.05
+    assert found.report.moved_share <= 0.2
+    # The router's statistics are those of the moved features.
+    model, router = found.model, found.model.network.router
+    again = copy.deepcopy(model)
+    part = data.split("val")
+    route_anew(again, [(part.images, part.labels)])
+    rows = torch.cat([features for features, _ in features_of(model, part)])
+    mean = rows[part.labels == 3].mean(0)
+    assert torch.allclose(again.network.router.means[3], mean, atol=1e-4)
+    assert int(router.counts.sum()) > len(data.split("train"))
+    save_model(model, tmp_path / "model")
+    assert model_digest(load_model(tmp_path / "model")) == model_digest(model)
+
+
+def test_without_old_data_the_router_stays_as_it_was(grown: Grown) -> None:
+    found = readapt(grown.model, grown.slices, dark(grown.data, "val"), profile=grown.profile, epochs=1, seed=0)
+    before = cast(Columns, grown.model.network).router.state_dict()
+    after = cast(Columns, found.model.network).router.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert tasks_apart(found.model).tolist() == [0] * 8 + [1] * 2
