@@ -2,7 +2,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run test soak lint clean
+.PHONY: help run demo test soak lint docs clean
 
 BIN := .venv/bin
 # The environment of what we start; the shell looks programs up in it.
@@ -17,6 +17,9 @@ run: .venv/.installed ## install, make the demo data if there is none, run the w
 	@$(ACTIVATE); test -e data/dataset.json || nss data demo
 	@$(ACTIVATE); nss run
 
+demo: .venv/.installed ## install, then three cycles in a workspace of their own, demo/: smaller, more classes, another light
+	@$(ACTIVATE); nss demo
+
 test: lint ## install, lint, run all tests but the soak tests; nss must be covered to 90 %
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not soak" --cov=nss --cov-report=term --cov-fail-under=90
 
@@ -29,8 +32,11 @@ lint: .venv/.installed-dev ## check style, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: .venv/.installed-dev ## write docs/ and the reference of the library as pages to site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean: ## remove the environment and what tools left behind; data, results and runs stay
-	rm -rf .venv .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv site .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find nss tasks flows bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: installed again only when pyproject.toml has changed.

@@ -14,6 +14,7 @@ from bench.tracked import log
 BENCHES = {
     "profile": (["fashion-mnist"], ["nss.zoo:vgg_small", "torchvision.models:resnet18"]),
     "scale": ([], []),
+    "pipeline": ([], []),
     "rq1": (["fashion-mnist"], ["nss.zoo:vgg_small", "nss.zoo:resnet20"]),
     "restructure": (["fashion-mnist"], ["nss.zoo:vgg_small", "nss.zoo:resnet20"]),
     "rq2": (["fashion-mnist", "cifar10"], ["nss.zoo:vgg_small", "nss.zoo:resnet20"]),

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from flows import cli_models, cli_report, cli_service, cli_start
+
 OK, CRASH, MISTAKE, BUSY = 0, 1, 2, 75
 
 _EPILOG = (
@@ -83,7 +85,10 @@ def data_add(
     from tasks.data import add
     from tasks.workspace import find_workspace
 
-    added = add(find_workspace(), source, new_classes=new_classes, resize=_size(resize))
+    workspace = find_workspace()
+    added = add(workspace, source, new_classes=new_classes, resize=cli_service.size_of(resize))
+    if not added.already_present:
+        cli_service.announce(workspace)
     _print_json(added.to_dict()) if as_json else _print(show.added(added))
 
 
@@ -152,13 +157,20 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(CRASH)
 
 
+cli_start.add_commands(app)
+cli_models.add_commands(app)
+cli_service.add_commands(app)
+cli_report.add_commands(app)
+
+
 def main() -> int:
     """Run the command line and return the exit code; a user's mistake is a message without a traceback."""
     try:
         # Ends by SystemExit: 0, 2 for a mistake in the command line, 130 for Ctrl-C, or what a command chose.
         app(prog_name="nss")
         return OK
-    except Exception as error:
+    except Exception as problem:
+        error = _without_room(problem) or problem
         # Importing nss costs seconds; an error of its own can only be raised when it has been imported.
         errors = sys.modules.get("nss.errors")
         if errors is None or not isinstance(error, errors.NssError):
@@ -167,15 +179,10 @@ def main() -> int:
         return BUSY if isinstance(error, errors.BusyError) else MISTAKE
 
 
-def _size(text: str) -> tuple[int, int] | None:
-    if not text:
-        return None
-    height, _, width = text.partition("x")
-    if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
-        raise typer.BadParameter(
-            f"{text!r} is no size; allowed: HEIGHTxWIDTH, for example 32x32", param_hint="--resize"
-        )
-    return int(height), int(width)
+def _without_room(problem: Exception) -> Exception | None:
+    """Return what to say of a full disk, None of anything else."""
+    pipeline = sys.modules.get("tasks.pipeline")
+    return pipeline.full_disk(problem, Path.cwd()) if pipeline else None
 
 
 def _print(text: str) -> None:

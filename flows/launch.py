@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from importlib.util import find_spec
-from pathlib import Path
 
 _HOST = "127.0.0.1"
 _PATIENCE_S = 120
@@ -87,16 +86,35 @@ class Server:
             self.process.wait()
 
 
+def _serve(port: int) -> None:
+    """Be the temporary server, until told to stop or the process that started us is gone, in whatever way."""
+    import threading
+
+    import uvicorn
+
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    uvicorn.run("prefect.server.api.server:create_app", factory=True, host=_HOST, port=port, log_level="error")
+
+
+def _end_with_parent() -> None:
+    # The other end of this pipe is open as long as that process lives.
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _spawn(port: int) -> subprocess.Popen[bytes]:
     """Start what prefect.server.api.server.SubprocessASGIServer would."""
-    folder = str(Path(find_spec("prefect").origin).parents[1])
-    app = ["--app-dir", folder, "--factory", "prefect.server.api.server:create_app"]
-    options = ["--host", _HOST, "--port", str(port), "--log-level", "error", "--lifespan", "on"]
     switches = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
     # Of its own session, so that Ctrl-C on the terminal leaves it up until the flow has recorded how it ended.
+    # -P: nothing in the folder of this file or in the current one hides an installed package.
     return subprocess.Popen(
-        [sys.executable, "-m", "uvicorn", *app, *options],
+        [sys.executable, "-P", __file__, str(port)],
         env={**os.environ, **switches},
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         start_new_session=True,
     )
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))

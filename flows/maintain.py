@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from prefect import flow
+from prefect import flow, tags
 from prefect.context import FlowRunContext
 
 from nss.errors import StageError
 from nss.files import read_json
-from tasks import journal
+from tasks import journal, promotion, register, report
 from tasks.champion import read_champion
+from tasks.layout import refresh_code
+from tasks.lock import exclusive
 from tasks.params import Params, load_params
 from tasks.pipeline import Outcome, Pipeline
 from tasks.prefect_stage import STATE_OF, run_stage
 from tasks.provenance import provenance_tags
+from tasks.recovery import process_mark, recover
+from tasks.register import Registered
+from tasks.registry import STORE_ERRORS
 from tasks.tracking import Tracker, open_tracker, tracking_uri
 from tasks.workspace import Workspace
 
+_Result = TypeVar("_Result")
+# Somebody may be adding a batch, or only looking whether a cycle runs.
+_PATIENCE_S = 10
 _OUTCOME: dict[str, Outcome] = {name: outcome for outcome, name in STATE_OF.items()}
 
 
@@ -41,6 +49,14 @@ class StageReport:
 
 
 @dataclass(frozen=True)
+class RegisteredVersion:
+    """A version in MLflow's model registry."""
+
+    name: str
+    number: int
+
+
+@dataclass(frozen=True)
 class CycleReport:
     """How a cycle went. `run_id` is an empty text when the tracking store did not answer."""
 
@@ -49,6 +65,14 @@ class CycleReport:
     tracking_uri: str
     experiment_id: str
     flow_run_id: str
+    verdict: str = ""
+    """the gate's"""
+    promoted: str | None = None
+    """verb of the candidate that the gate promotes"""
+    version: RegisteredVersion | None = None
+    """of that candidate; None when nothing was registered"""
+    outcome: str = ""
+    """what `tasks.register` made of it; an empty text when the tracking store did not answer"""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, ready for JSON."""
@@ -72,7 +96,9 @@ def run_cycle(workspace: Workspace, *, retries: int = 0, tell: Callable[[StageRe
     Raises what the stages raise: StageError, BusyError, ParamsError, DataError.
     """
     _listener.set(tell)
-    return maintain(str(workspace.root), retries)
+    # Marked before it begins: whoever finds it Running can tell whether its process lives.
+    with tags(process_mark()):
+        return maintain(str(workspace.root), retries)
 
 
 @flow(name="maintain", flow_run_name="maintain", persist_result=False, validate_parameters=False)
@@ -82,12 +108,31 @@ def maintain(root: str, retries: int = 0) -> CycleReport:
     params = load_params(workspace.params)
     workspace = replace(workspace, packages=tuple(params.base.packages))
     pipeline = Pipeline(workspace)
-    require_data(pipeline)
-    require_champion(pipeline)
-    with _cycle(workspace) as cycle:
-        stages = tuple(_stage(pipeline, params, name, cycle, retries) for name in pipeline.stages())
-        cycle.finish(stages)
-    return CycleReport(stages, cycle.run_id, tracking_uri(workspace), cycle.experiment_id, _flow_run_id())
+    with exclusive(workspace, wait_s=_PATIENCE_S):
+        _note(recover(workspace))
+        if changed := refresh_code(workspace):
+            _note([f"another version of nss is installed: other code in {', '.join(changed)}"])
+        require_data(pipeline)
+        require_champion(pipeline)
+        with _cycle(workspace) as cycle:
+            cycle.resume(workspace)
+            stages = tuple(_stage(pipeline, params, name, cycle, retries) for name in pipeline.stages())
+            cycle.finish(stages)
+            gate = register.record(workspace, cycle.run_id)
+            done = cycle.register(workspace, params)
+            if any(each.outcome != "cached" for each in stages):
+                cycle.try_to(lambda tracker: report.log_report(tracker, cycle.run_id, workspace) or "")
+    return CycleReport(
+        stages,
+        cycle.run_id,
+        tracking_uri(workspace),
+        cycle.experiment_id,
+        _flow_run_id(),
+        verdict=gate.verdict,
+        promoted=gate.promoted,
+        version=RegisteredVersion(done.version.name, done.version.number) if done and done.version else None,
+        outcome=done.outcome if done else "",
+    )
 
 
 def require_data(pipeline: Pipeline) -> None:
@@ -161,6 +206,35 @@ class _Cycle:
 
         self.try_to(log)
 
+    def resume(self, workspace: Workspace) -> None:
+        """End the promotion or rollback that a process which was killed has begun."""
+        self._keep(lambda tracker: _warn(promotion.resume(workspace, tracker)[1]))
+
+    def register(self, workspace: Workspace, params: Params) -> Registered | None:
+        """Register what the gate promotes and tag the run with it; None when the tracking store does not answer."""
+        _warn(register.commit_cycle(workspace, params))
+        return self._keep(lambda tracker: self._register(workspace, params, tracker))
+
+    def _register(self, workspace: Workspace, params: Params, tracker: Tracker) -> Registered:
+        done = register.register(workspace, params, tracker, self.run_id)
+        _warn(done.warnings)
+        tags = {"nss.verdict": done.verdict, "nss.outcome": done.outcome, "nss.promoted": done.verb or ""}
+        if done.version:
+            tags["nss.version"] = f"{done.version.name}/{done.version.number}"
+            report.log_card(tracker, done.version.run_id, workspace, done.verb)
+        tracker.log(tracker.client.get_run(self.run_id), tags=tags)
+        return done
+
+    def _keep(self, action: Callable[[Tracker], _Result]) -> _Result | None:
+        """Like `try_to`, but what is not the tracking store's fault is raised."""
+        if self.tracker is None:
+            return None
+        try:
+            return action(self.tracker)
+        except STORE_ERRORS as error:
+            self._silence(error)
+            return None
+
     def end(self, status: str) -> None:
         """End the run FINISHED, FAILED or KILLED."""
         if self.run_id:
@@ -171,11 +245,24 @@ class _Cycle:
         try:
             return action(self.tracker) if self.tracker or not self.is_silent else ""
         except Exception as error:
-            if not self.is_silent:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                sys.stderr.write(f"warning: not logged to MLflow ({reason}); the next `nss run` makes up for it\n")
-            self.is_silent, self.tracker = True, None
+            self._silence(error)
             return ""
+
+    def _silence(self, error: Exception) -> None:
+        if not self.is_silent:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            _warn([f"not logged to MLflow ({reason}); the next `nss run` makes up for it"])
+        self.is_silent, self.tracker = True, None
+
+
+def _warn(problems: Iterable[str]) -> None:
+    for problem in problems:
+        sys.stderr.write(f"warning: {problem}\n")
+
+
+def _note(lines: Iterable[str]) -> None:
+    for line in lines:
+        sys.stderr.write(f"{line}\n")
 
 
 def figures_of(stages: tuple[StageReport, ...]) -> dict[str, float]:

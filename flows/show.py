@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nss.files import read_json
+from tasks.reasons import triage_words, verdict_words
 
 if TYPE_CHECKING:
     from flows.doctor import Finding
@@ -30,10 +31,30 @@ def stage_line(stage: StageReport) -> str:
     >>> stage_line(StageReport("slice", "cached", 0.1, "", {"slices": 4}))  # doctest: +SKIP
     'slice      Cached     0.1 s  4 slices'
     """
+    figure = _WORDS[stage.stage](stage.metrics) if stage.stage in _WORDS else _figure(stage)
+    return f"{stage.stage:<11} {stage.outcome.capitalize():<9} {stage.seconds:6.1f} s  {figure}".rstrip()
+
+
+def _figure(stage: StageReport) -> str:
+    if stage.metrics.get("done") == 0:
+        return "nothing to do"
     name, text = _KEY_METRIC.get(stage.stage, ("", ""))
     value = stage.metrics.get(name)
-    figure = "nothing to do" if stage.metrics.get("done") == 0 else "" if value is None else text.format(value)
-    return f"{stage.stage:<11} {stage.outcome.capitalize():<9} {stage.seconds:6.1f} s  {figure}".rstrip()
+    return "" if value is None else text.format(value)
+
+
+def _needed(metrics: dict[str, float | None]) -> str:
+    return ", ".join(name for name, needed in metrics.items() if needed) or "nothing needed"
+
+
+def _promoted(metrics: dict[str, float | None]) -> str:
+    if not metrics["candidates"]:
+        return "no candidate"
+    return f"{'one' if metrics['promoted'] else 'none'} of {metrics['candidates']} promoted"
+
+
+# Of these stages, no single figure says it.
+_WORDS = {"triage": _needed, "gate": _promoted}
 
 
 def summary(report: CycleReport, workspace: Workspace, *, is_temporary: bool) -> str:
@@ -53,6 +74,8 @@ def summary(report: CycleReport, workspace: Workspace, *, is_temporary: bool) ->
         *_size_lines(sizes, figures),
         *_following_lines(tuned, figures),
         *_learning_lines(grown, figures),
+        *_triage_lines(workspace),
+        *_verdict_lines(workspace),
         "",
         "MLflow runs",
         f"  {'cycle':<11} {report.run_id or 'not logged'}",
@@ -87,6 +110,17 @@ def _learning_lines(grown: dict[str, Any], scores: dict[str, Any]) -> list[str]:
     if "extended_new_accuracy" in scores:
         words.insert(0, f"new images {_told(scores, 'new_')}")
     return [f"extended    by {', '.join(grown['classes'])}: {', '.join(words)}"]
+
+
+def _triage_lines(workspace: Workspace) -> list[str]:
+    return ["triage", *(f"  {verb:<12} {why}" for verb, why in triage_words(workspace).items())]
+
+
+def _verdict_lines(workspace: Workspace) -> list[str]:
+    decision = read_json(workspace.out("gate") / "gate.json")
+    promoted = decision["promoted"] or ("nothing" if decision["judgements"] else "there is no candidate")
+    lines = [f"  {each['verb']:<12} {each['verdict']}: {verdict_words(each)}" for each in decision["judgements"]]
+    return [f"verdict     {decision['verdict']}: {promoted}", *lines]
 
 
 def _told(scores: dict[str, Any], part: str) -> str:

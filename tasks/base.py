@@ -20,9 +20,10 @@ from tasks.workspace import Workspace
 
 
 def run(params: BaseParams, workspace: Workspace) -> None:
-    """Write artifacts/base: model/, metrics.json, history.csv, source.json.
+    """Write artifacts/base: model/, metrics.json, history.csv, source.json, champion.json.
 
     The source lists the batches that the model knows: a champion the pinned ones, a model trained here all of data/.
+    Which champion it is stands in a file of its own: a trained model that is pinned leaves profile and slices alone.
     """
     data = load_data(workspace.data)
     champion = read_champion(workspace)
@@ -35,6 +36,8 @@ def run(params: BaseParams, workspace: Workspace) -> None:
             model, data, history = _pinned(workspace, champion, data)
             copy_model(workspace.champion, part / "model")
         _write(part, model, data, history)
+        pinned = champion and {"name": champion.name, "version": champion.version}
+        write_json(part / "champion.json", pinned)
 
 
 def _trained(params: BaseParams, data: Dataset) -> tuple[Classifier, list[Epoch]]:

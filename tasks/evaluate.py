@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from nss.data import Dataset
-from nss.evaluate import Evaluation, SlicesEvaluation, evaluate, evaluate_slices
-from nss.extend_report import told_accuracy
-from nss.files import replacing, write_json
-from nss.model import Classifier, load_model, model_digest
+from nss.errors import StageError
+from nss.evaluate import SlicesEvaluation, evaluate_slices
+from nss.files import read_json, replacing, write_json
+from nss.model import load_model, model_digest
 from nss.slice import SemanticSlices
 from tasks.batches import known_and_new
+from tasks.candidates import Answers, Scores, candidate
 from tasks.params import EvaluateParams
 from tasks.tables import confusion_rows, write_csv
 from tasks.workspace import Workspace, require_same_source
 
 # What the maintenance stages call their models.
 _CANDIDATES = {"restructure": "restructured", "readapt": "readapted", "extend": "extended"}
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """Of one model: on images like those it was made for, and on those of new batches, if there are any."""
-
-    old: Evaluation
-    new: Evaluation | None
-    told: dict[str, float] = field(default_factory=dict)
-    """told which classes were learned together with the image's, {name of the metric: accuracy}"""
-
-    def metrics(self, prefix: str) -> dict[str, float]:
-        found = {f"{prefix}accuracy": self.old.accuracy, f"{prefix}worst_accuracy": self.old.worst_accuracy}
-        found |= {f"{prefix}new_accuracy": self.new.accuracy} if self.new else {}
-        return found | {f"{prefix}{name}": value for name, value in self.told.items()}
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"old": self.old.to_dict(), "new": self.new and self.new.to_dict(), **self.told}
+_DIFFERENCES = ("candidate", "difference", "low", "high", "p_value", "images")
 
 
 def run(params: EvaluateParams, workspace: Workspace) -> None:
-    """Write artifacts/evaluate: metrics.json, per_class.csv, confusion.csv, evaluation.json, source.json.
+    """Write artifacts/evaluate: metrics.json, evaluation.json, candidates.json, source.json, and tables.
 
-    Batches that have arrived since the model was made are scored apart, as far as each model knows their classes.
+    The tables are per_class.csv, confusion.csv and differences.csv. Batches that have arrived since the model was made
+    are scored apart, as far as each model knows their classes. candidates.json is what the gate decides by.
     """
     model = load_model(workspace.out("base") / "model", workspace.packages)
     known, arrived = known_and_new(workspace, model.spec.classes)
@@ -50,40 +36,33 @@ def run(params: EvaluateParams, workspace: Workspace) -> None:
         require_same_source(workspace.out(verb), **sources)
     for verb in ("readapt", "extend"):
         require_same_source(workspace.out(verb), new=arrived.digest)
-    old = known.split(params.split)
-    whole = _scores(model, old, arrived, params)
+    old, new = known.split(params.split), arrived.split(params.split)
+    base = _scores(workspace, "base", old, new, params)
+    made = {verb: _scores(workspace, verb, old, new, params) for verb in _candidates(workspace)}
     parts = _slices(workspace, old, params)
-    candidates = {
-        name: replace(_scores(each, old, arrived, params), told=_told(each, old, arrived, params))
-        for name, each in _candidates(workspace).items()
-    }
+    candidates = [candidate(verb, scores, base) for verb, scores in made.items()]
+    if read_json(workspace.out("base") / "champion.json", StageError) is None:
+        candidates.append(candidate("base", base, base))
     with replacing(workspace.out("evaluate")) as part:
         part.mkdir()
-        write_json(part / "metrics.json", _metrics(whole, parts, candidates))
-        write_csv(part / "per_class.csv", ["class", "accuracy"], whole.old.per_class.items())
-        answers = confusion_rows(whole.old.confusion, whole.old.classes)
-        write_csv(part / "confusion.csv", ["actual", "predicted"], answers)
-        found = {"model": whole.old.to_dict(), "new": whole.new and whole.new.to_dict(), "slices": parts.to_dict()}
-        found["candidates"] = {name: each.to_dict() for name, each in candidates.items()}
-        write_json(part / "evaluation.json", found)
         write_json(part / "source.json", {**sources, "new": arrived.digest})
+        write_json(part / "metrics.json", _metrics(base, parts, made, candidates))
+        write_json(part / "evaluation.json", _evaluation(base, parts, made))
+        write_json(part / "candidates.json", candidates)
+        _write_tables(part, base, candidates)
 
 
-def _scores(model: Classifier, old: Dataset, arrived: Dataset, params: EvaluateParams) -> _Scores:
-    scores, new = evaluate(model, old, batch_size=params.batch_size), _new(model, arrived, params)
-    return _Scores(scores, evaluate(model, new, batch_size=params.batch_size) if len(new) else None)
+def _scores(workspace: Workspace, verb: str, old: Dataset, new: Dataset, params: EvaluateParams) -> Scores:
+    folder = workspace.out(verb)
+    model = load_model(folder / "model", workspace.packages)
+    batches = read_json(folder / "source.json", StageError)["batches"]
+    answers = (Answers.of(model, part, params.batch_size) for part in (old, new))
+    return Scores(folder / "model", *answers, batches)
 
 
-def _new(model: Classifier, arrived: Dataset, params: EvaluateParams) -> Dataset:
-    return arrived.of_classes(model.spec.classes).split(params.split)
-
-
-def _told(model: Classifier, old: Dataset, arrived: Dataset, params: EvaluateParams) -> dict[str, float]:
-    """Return nothing for a model that learned all its classes at once: there is nothing to tell it."""
-    if not model.spec.tasks:
-        return {}
-    parts = {"told_accuracy": old, "new_told_accuracy": _new(model, arrived, params)}
-    return {name: told_accuracy(model, part)["all"][0] for name, part in parts.items() if len(part)}
+def _candidates(workspace: Workspace) -> list[str]:
+    """Return the stages that made a model; one that had nothing to do made none."""
+    return [verb for verb in _CANDIDATES if (workspace.out(verb) / "model").exists()]
 
 
 def _slices(workspace: Workspace, held_out: Dataset, params: EvaluateParams) -> SlicesEvaluation:
@@ -92,17 +71,63 @@ def _slices(workspace: Workspace, held_out: Dataset, params: EvaluateParams) -> 
     return evaluate_slices(slices, models, held_out, params.batch_size)
 
 
-def _candidates(workspace: Workspace) -> dict[str, Classifier]:
-    """Return what the maintenance stages made; one that had nothing to do made none."""
-    folders = {name: workspace.out(verb) / "model" for verb, name in _CANDIDATES.items()}
-    return {name: load_model(each, workspace.packages) for name, each in folders.items() if each.exists()}
-
-
-def _metrics(whole: _Scores, parts: SlicesEvaluation, candidates: dict[str, _Scores]) -> dict[str, float]:
-    votes = {"vote_accuracy": parts.vote_accuracy, "told_accuracy": parts.told_accuracy}
-    found = {**whole.metrics(""), "images": whole.old.images, **votes}
-    if whole.new:
-        found["new_images"] = whole.new.images
-    for name, each in candidates.items():
-        found |= each.metrics(f"{name}_")
+def _metrics(
+    base: Scores, parts: SlicesEvaluation, made: Mapping[str, Scores], candidates: Sequence[Mapping[str, Any]]
+) -> dict[str, float | None]:
+    """Summarise; figures without images lack."""
+    found = {**_accuracies("", base), "images": base.old.evaluation.images}
+    found |= {"vote_accuracy": parts.vote_accuracy, "told_accuracy": parts.told_accuracy}
+    if base.new.evaluation:
+        found["new_images"] = base.new.evaluation.images
+    for verb, scores in made.items():
+        found |= _accuracies(f"{_CANDIDATES[verb]}_", scores)
+    for each in candidates:
+        for part, name in (("known", ""), ("arrived", "new_")):
+            if each[part] and each[part]["overall"]["images"]:
+                overall = each[part]["overall"]
+                found[f"{_CANDIDATES[each['verb']]}_{name}difference"] = overall["difference"]
+                found[f"{_CANDIDATES[each['verb']]}_{name}p_value"] = overall["p_value"]
     return found
+
+
+def _accuracies(prefix: str, scores: Scores) -> dict[str, float]:
+    old, new = scores.old.evaluation, scores.new.evaluation
+    found = {"accuracy": old.accuracy, "worst_accuracy": old.worst_accuracy}
+    found |= {"new_accuracy": new.accuracy} if new else {}
+    return {f"{prefix}{name}": value for name, value in {**found, **_told(scores)}.items()}
+
+
+def _told(scores: Scores) -> dict[str, float]:
+    """Return nothing for a model that learned all its classes at once: there is nothing to tell it."""
+    if not scores.model.spec.tasks:
+        return {}
+    found = {"told_accuracy": scores.old.told_accuracy, "new_told_accuracy": scores.new.told_accuracy}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _evaluation(base: Scores, parts: SlicesEvaluation, made: Mapping[str, Scores]) -> dict[str, Any]:
+    old, new = base.old.evaluation, base.new.evaluation
+    found = {"model": old.to_dict(), "new": new and new.to_dict(), "slices": parts.to_dict()}
+    return {**found, "candidates": {_CANDIDATES[verb]: _described(scores) for verb, scores in made.items()}}
+
+
+def _described(scores: Scores) -> dict[str, Any]:
+    old, new = scores.old.evaluation, scores.new.evaluation
+    return {"old": old.to_dict(), "new": new and new.to_dict(), **_told(scores)}
+
+
+def _write_tables(folder: Path, base: Scores, candidates: Sequence[Mapping[str, Any]]) -> None:
+    scores = base.old.evaluation
+    write_csv(folder / "per_class.csv", ["class", "accuracy"], scores.per_class.items())
+    write_csv(folder / "confusion.csv", ["actual", "predicted"], confusion_rows(scores.confusion, scores.classes))
+    write_csv(folder / "differences.csv", _DIFFERENCES, [row for each in candidates for row in _differences(each)])
+
+
+def _differences(candidate: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
+    """A row for the known and one for the new images that it was compared on with the champion."""
+    for part, name in (("known", "known images"), ("arrived", "new images")):
+        found = candidate[part]
+        if found and found["overall"]["images"]:
+            overall = found["overall"]
+            figures = (overall["difference"], *found["interval"], overall["p_value"], overall["images"])
+            yield f"{candidate['verb']}, {name}", *figures

@@ -19,6 +19,7 @@ from nss.slice import SemanticSlices
 from tasks.batches import known_and_new, with_new_classes
 from tasks.params import ExtendParams
 from tasks.tables import confusion_rows, write_nothing, write_tables
+from tasks.wanted import is_wanted
 from tasks.workspace import Workspace, require_same_source
 
 _TABLES = {
@@ -43,21 +44,21 @@ def run(params: ExtendParams, workspace: Workspace) -> None:
     sources = {"data": known.digest, "model": model_digest(model)}
     require_same_source(workspace.out("slice"), **sources)
     new = with_new_classes(arrived, len(model.spec.classes))
-    why = _nothing_to_do(params, arrived, new, len(model.spec.classes))
+    digests = {**sources, "new": arrived.digest}
+    is_needed, why = is_wanted(workspace, "extend", params.when, **digests)
+    why = _nothing_to_do(arrived, new, len(model.spec.classes)) if is_needed else why
     batches = [batch.digest for batch in (*known.batches, *(() if why else new.batches))]
     with replacing(workspace.out("extend")) as part:
         part.mkdir()
-        write_json(part / "source.json", {**sources, "new": arrived.digest, "batches": batches})
+        write_json(part / "source.json", {**digests, "batches": batches})
         if why:
             write_nothing(part, _TABLES, why)
         else:
             _learn(part, params, workspace, model, known, new)
 
 
-def _nothing_to_do(params: ExtendParams, arrived: Dataset, new: Dataset, known: int) -> str:
+def _nothing_to_do(arrived: Dataset, new: Dataset, known: int) -> str:
     """Return why there is nothing to do, or an empty text."""
-    if params.when == "never":
-        return "extend.when is never"
     if not len(arrived):
         return "no batch has arrived since the model was made"
     if not len(new):

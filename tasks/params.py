@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
+import reprlib
+import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML, YAMLError
@@ -15,14 +18,23 @@ Metric = Literal["avg", "var", "ens", "taylor", "deeplift"]
 Rule = Literal["cumulative", "score", "energy", "category", "global"]
 Linkage = Literal["average", "complete", "single"]
 Budget = Literal["macs", "params", "latency_ms", "max_accuracy_drop"]
-When = Annotated[Literal["always", "never"], Field(description="always or never")]
+When = Annotated[Literal["always", "never", "triage"], Field(description="always, never or triage")]
 Epochs = Annotated[int, Field(ge=1, le=10_000, description="a whole number from 1 to 10000")]
 BatchSize = Annotated[int, Field(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")]
 Rate = Annotated[float, Field(gt=0, le=100, description="a number above 0, at most 100")]
 Decay = Annotated[float, Field(ge=0, le=1, description="a number from 0 to 1")]
+Share = Annotated[float, Field(ge=0, le=1, description="a share from 0 to 1")]
+Level = Annotated[float, Field(gt=0, lt=1, description="a number above 0, below 1")]
+Count = Annotated[int, Field(ge=1, le=1_000_000_000, description="a whole number from 1 to 1000000000")]
+Most = Annotated[float | None, Field(gt=0, description="a number above 0, or null for any")]
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")]
 _FACTORY = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 _PACKAGE = r"^[A-Za-z_]\w*$"
+# A few lines of YAML can stand for gigabytes (aliases of aliases): what was found is shown in short.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 2, 20, 20, 200, 200
+# Neither / nor : nor @, which stand between the name and the version or alias of a registered model.
+_NAME = r"^\w[\w.-]*$"
 
 
 class _Group(BaseModel):
@@ -72,6 +84,29 @@ class SliceParams(_Group):
     layers: Annotated[list[str], Field(min_length=1)] | None = Field(
         description="a list of layers whose neurons decide about merging, or null for all"
     )
+
+
+class BudgetParams(_Group):
+    """The most that is allowed of a model."""
+
+    parameters: Most
+    macs: Most
+    bytes: Most
+    latency_ms: Most
+
+
+class TriageParams(_Group):
+    """What counts as evidence that a model needs maintenance."""
+
+    alpha: Level
+    min_effect: Share
+    max_drop: Share
+    min_images: int = Field(ge=2, le=1_000_000_000, description="a whole number from 2 to 1000000000")
+    min_class_images: Count
+    max_images: Count
+    permutations: int = Field(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")
+    budgets: BudgetParams
+    seed: Seed
 
 
 class RestructureParams(_Group):
@@ -125,20 +160,51 @@ class EvaluateParams(_Group):
     batch_size: BatchSize
 
 
-class Params(_Group):
-    """All of params.yaml."""
+class GateParams(_Group):
+    """What is asked of a model that shall take the champion's place."""
 
-    base: BaseParams
-    profile: ProfileParams
-    slice: SliceParams
-    restructure: RestructureParams
-    readapt: ReadaptParams
-    extend: ExtendParams
-    evaluate: EvaluateParams
+    min_accuracy: Share
+    min_class_accuracy: Share
+    max_drop: Share
+    max_class_drop: Share
+    alpha: Level
+    min_saving: float = Field(gt=0, le=1, description="a share above 0, at most 1")
+    min_images: Count
 
-    def group(self, verb: str) -> BaseModel:
-        """Return the group of one stage."""
-        return getattr(self, verb)
+
+class RegisterParams(_Group):
+    """What happens to a model that the gate promotes."""
+
+    name: str = Field(pattern=_NAME, description="letters, digits, _, . and -: a name in MLflow's model registry")
+    promote: Literal["manual", "auto"] = Field(description="manual or auto")
+    commit: bool = Field(description="true or false")
+
+
+with warnings.catch_warnings():
+    # Model classes have a method `register`, of their metaclass, which nobody calls.
+    warnings.simplefilter("ignore", UserWarning)
+
+    class Params(_Group):
+        """All of params.yaml: a group for each stage, and `register`, which is no stage."""
+
+        base: BaseParams
+        profile: ProfileParams
+        slice: SliceParams
+        triage: TriageParams
+        restructure: RestructureParams
+        readapt: ReadaptParams
+        extend: ExtendParams
+        evaluate: EvaluateParams
+        gate: GateParams
+        register: RegisterParams
+
+        def group(self, verb: str) -> BaseModel:
+            """Return the group of one stage."""
+            return getattr(self, verb)
+
+
+STAGES = tuple(name for name in Params.model_fields if name != "register")
+"""Verbs of the stages, in their order."""
 
 
 def load_params(path: Path) -> Params:
@@ -167,7 +233,10 @@ def _read(path: Path) -> Any:
         content = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ParamsError("params.yaml is missing", where=str(path), fix="git checkout params.yaml") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ParamsError(f"params.yaml cannot be read ({error.strerror})", where=str(path)) from None
+    # Dates and numbers that are none are a ValueError, lists in lists without end a RecursionError.
+    except (YAMLError, ValueError, RecursionError) as error:
         # The part after the empty line advises programmers to allow duplicate keys.
         problems = [line.strip() for line in str(error).split("\n\n")[0].splitlines()]
         raise ParamsError("params.yaml is not readable as YAML", problems, where=str(path)) from None
@@ -187,17 +256,26 @@ def _explain(content: Any, problem: dict[str, Any]) -> str:
         return f"{name}: no such key{hint}; allowed: {', '.join(model.model_fields)}"
     if problem["type"] == "missing":
         return f"{name}: missing; allowed: {allowed}"
-    return f"{name}: {_value(content, loc)!r} is not allowed; allowed: {allowed}"
+    return f"{name}: {_SHORT.repr(_value(content, loc))} is not allowed; allowed: {allowed}"
 
 
 def _target(loc: tuple[Any, ...]) -> tuple[type[BaseModel], str]:
     """Return the model that a location lies in, and the description of what is allowed there."""
-    group = Params.model_fields.get(str(loc[0]))
-    if group is None or len(loc) == 1:
-        keys = ", ".join(group.annotation.model_fields) if group else ""
-        return Params, f"a mapping with the keys {keys}"
-    field = group.annotation.model_fields.get(str(loc[1]))
-    return group.annotation, field.description if field else ""
+    model: type[BaseModel] = Params
+    allowed = ""
+    for part in loc:
+        field = model.model_fields.get(str(part))
+        if field is None:  # an unknown key, or a place in a list
+            break
+        if not _is_group(field.annotation):
+            return model, field.description or ""
+        allowed = f"a mapping with the keys {', '.join(field.annotation.model_fields)}"
+        model = field.annotation
+    return model, allowed
+
+
+def _is_group(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _value(content: Any, loc: tuple[Any, ...]) -> Any:
@@ -235,4 +313,18 @@ def _inconsistent(params: Params) -> list[str]:
         )
     if params.slice.n_slices is not None and params.slice.distance_threshold is not None:
         problems.append("slice: n_slices and distance_threshold are both given; allowed: one of them, the other null")
+    return problems + _inconsistent_triage(params.triage)
+
+
+def _inconsistent_triage(triage: TriageParams) -> list[str]:
+    problems = []
+    if triage.max_images < triage.min_images:
+        problems.append(
+            f"triage.max_images: {triage.max_images} is not allowed; allowed: from min_images ({triage.min_images})"
+        )
+    fewest = math.ceil(2 / triage.alpha) - 1
+    if triage.permutations < fewest:
+        problems.append(
+            f"triage.permutations: {triage.permutations} cannot reach half of alpha; allowed: from {fewest}"
+        )
     return problems

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import matplotlib
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -14,6 +15,8 @@ from matplotlib.patches import Rectangle
 Groups = Mapping[str, Sequence[str]]
 """{slice name: its categories}"""
 
+# Names of classes are no formulas.
+matplotlib.rcParams["text.parse_math"] = False
 _GREY, _DARK, _BAD = "#d9dde3", "#4a5260", "#c8403c"
 # Above these numbers, figures in cells and one bar for each slice are too small to read.
 _MOST_CELL_TEXTS, _MOST_BARS = 12, 8
@@ -182,6 +185,26 @@ def following_curve(points: Sequence[tuple[int, float | None, float | None]], ke
     axes.set_ylabel("accuracy on held-out images")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
+    _bare(axes, "top", "right")
+    return figure
+
+
+def differences(rows: Sequence[tuple[str, float, float, float]]) -> Figure:
+    """Draw how much better (or worse, red) each candidate is than the champion, with the interval of the difference.
+
+    rows: (name, difference of accuracy, low and high end of its interval), shares of 1.
+    """
+    figure, axes = _figure(6.5, max(2.0, 0.4 * len(rows) + 1.2))
+    for place, (_, *values) in enumerate(rows):
+        middle, low, high = (100 * value for value in values)
+        colour = _BAD if middle < 0 else "#1f6fb4"
+        axes.plot([low, high], [place, place], color=colour, linewidth=2)
+        axes.plot(middle, place, "o", color=colour)
+    axes.axvline(0, color=_DARK, linewidth=1)
+    axes.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=_label_size(len(rows)))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel("difference of accuracy to the champion, points")
+    axes.set_title("candidates against the champion", loc="left")
     _bare(axes, "top", "right")
     return figure
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -9,7 +10,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,15 @@ import psutil
 from dvc.exceptions import DvcException, NotDvcRepoError
 from dvc.lock import LockError
 from dvc.repo import Repo
+from dvc.schema import COMPILED_LOCKFILE_SCHEMA
 from dvc.stage.exceptions import StageCmdFailedError
+from dvc_data.hashfile.tree import Tree
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from voluptuous import Invalid
 
 from nss.errors import BusyError, NssError, StageError
+from tasks.processes import process_id, stop
 from tasks.workspace import Workspace
 
 Outcome = Literal["executed", "restored", "cached"]
@@ -30,15 +37,20 @@ RECEIPT = "NSS_STAGE_RECEIPT"
 """Environment variable naming the file that `nss stage` writes when it starts."""
 LOG = "NSS_STAGE_LOG"
 """Environment variable naming the file that takes what a stage prints."""
+OWNER = "NSS_STAGE_OWNER"
+"""Environment variable of a stage that says which process began it, see `tasks.processes.process_id`."""
 
 _HOLDER = re.compile(r"\(PID (\d+)\): (.*)")
 # Exit codes of a stage that Ctrl-C ended: its own, and the signal itself.
 _INTERRUPTED = ("130", "-2")
-_PATIENCE_S = 20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_WORDS = ("No space left on device", "Disk quota exceeded", "disk is full", "File too large")
 
 # DVC's messages come back as exceptions; what is left would be progress bars between our lines.
 logging.getLogger("dvc").setLevel(logging.CRITICAL)
-logging.getLogger("dvc_data").setLevel(logging.CRITICAL)
+_COPYING = logging.getLogger("dvc_data")
+_COPYING.propagate = False
+_COPYING.handlers.clear()
 
 
 @dataclass(frozen=True)
@@ -118,46 +130,101 @@ class Pipeline:
 
     def add_data(self) -> None:
         """Commit data/ as it is to data.dvc. An equal data set leaves data.dvc as it was, byte for byte."""
-        if self.has_changed_data() is False:
-            return
+        if self.has_changed_data() is not False:
+            self.add(self.workspace.data)
+
+    def add(self, path: Path) -> None:
+        """Version a file or folder as it is. Raises BusyError when DVC is in use."""
         with self._repo() as repo:
-            repo.add([str(self.workspace.data)])
+            repo.add([str(path)])
 
     def restore(self, pointer: str) -> None:
-        """Bring back what a file like data.dvc names from DVC's cache. Raises StageError when it is not there."""
+        """Bring back what a file like data.dvc names from DVC's cache.
+
+        Raises StageError when it is not there, or damaged: then nothing is brought back.
+        """
         with self._repo() as repo:
-            repo.checkout(targets=[pointer])
+            damaged = _drop_damaged_lists(repo, pointer)
+            if not damaged:
+                repo.checkout(targets=[pointer])
+                damaged = _drop_damaged(repo, pointer)
+        if damaged:
+            raise StageError(
+                f"DVC's cache is damaged: {', '.join(damaged)} has not the hash that {pointer} names",
+                where=str(self.workspace.root / pointer),
+                fix=f"`dvc pull {pointer}` where there is a remote, or make it again: `nss data add`, `nss data demo`",
+            )
+
+    def drop_broken_files(self) -> list[str]:
+        """Remove dvc.lock and DVC's list of who works where when a kill or a full disk has cut them off; name them.
+
+        DVC writes both in place. Stages then come back from its run-cache. A lock file with a merge conflict is the
+        user's, and stays. Raises BusyError when somebody is at work on them.
+        """
+        with self._repo() as repo, repo.lock:
+            files = {Path(repo.tmp_dir, "rwlock"): json.loads, self.workspace.root / "dvc.lock": _read_lock}
+            broken = [path for path, read in files.items() if path.is_file() and _is_broken(path, read)]
+            for path in broken:
+                path.unlink()
+        return [str(path.relative_to(self.workspace.root)) for path in broken]
 
     def reproduce(self, name: str, env: Mapping[str, str] | None = None) -> Outcome:
         """Bring the stage's outputs up to date, by its command only where neither they nor DVC's run-cache have them.
 
         Raises BusyError when somebody else works on them, StageError with the last lines printed when the command
-        fails, KeyboardInterrupt when the command was interrupted.
+        fails, KeyboardInterrupt when the command was interrupted. What DVC restores is hashed: where its cache is
+        damaged, the command runs.
         """
+        outcome = self._reproduce(name, env)
+        if outcome == "restored":
+            with self._repo() as repo:
+                damaged = _drop_damaged(repo, name)
+            if damaged:
+                outcome = self._reproduce(name, env)
+        return outcome
+
+    def _reproduce(self, name: str, env: Mapping[str, str] | None) -> Outcome:
         children = _children()
         with tempfile.TemporaryDirectory(prefix="nss-") as folder:
             receipt, log = Path(folder, "receipt"), Path(folder, "log")
-            run_env = {"PATH": _path(), RECEIPT: str(receipt), LOG: str(log), **(env or {})}
+            run_env = {"PATH": _path(), RECEIPT: str(receipt), LOG: str(log), OWNER: process_id(), **(env or {})}
             try:
                 with self._repo() as repo:
+                    _drop_damaged_lists(repo, name)
                     done = repo.reproduce(targets=[name], single_item=True, run_env=run_env)
             except StageCmdFailedError as error:
                 raise _failure(name, str(error), log) from None
             except NssError:
                 raise
             except BaseException:
-                _stop(_children() - children)
+                stop(_children() - children)
                 raise
             return "cached" if not done else "executed" if receipt.exists() else "restored"
 
     @contextmanager
     def _repo(self) -> Iterator[Repo]:
-        try:
-            # DVC reads names of stages, and stages out of its run-cache, relative to the current folder.
-            with chdir(self.workspace.root), Repo(str(self.workspace.root)) as repo:
-                yield repo
-        except DvcException as error:
-            raise _translate(error, self.workspace.root) from error
+        root = self.workspace.root
+        with _listening() as heard:
+            try:
+                # DVC reads names of stages, and stages out of its run-cache, relative to the current folder.
+                with chdir(root), Repo(str(root)) as repo:
+                    yield repo
+            except (DvcException, OSError) as error:
+                full = next(filter(None, (full_disk(each, root) for each in [error, *heard])), None)
+                raise full or _translate(error, root) from error
+
+
+@contextmanager
+def _listening() -> Iterator[list[BaseException]]:
+    """Gather the errors that DVC only logs when it fails to copy a file into its cache."""
+    heard: list[BaseException] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: heard.extend(filter(None, (record.exc_info or ())[1:2]))
+    _COPYING.addHandler(handler)
+    try:
+        yield heard
+    finally:
+        _COPYING.removeHandler(handler)
 
 
 def _dependency_rows(stage: Any) -> Iterator[tuple[str, str]]:
@@ -180,18 +247,78 @@ def _children() -> set[psutil.Process]:
     return set(psutil.Process().children(recursive=True))
 
 
-def _stop(processes: set[psutil.Process]) -> None:
-    """End the stage's processes, which outlive DVC when this process is told to stop."""
-    for process in processes:
-        try:
-            process.terminate()
-        except psutil.NoSuchProcess:
-            continue
-    for process in psutil.wait_procs(processes, timeout=_PATIENCE_S)[1]:
-        process.kill()
+def _read_lock(text: str) -> None:
+    if "<<<<<<<" not in text:
+        COMPILED_LOCKFILE_SCHEMA(YAML(typ="safe").load(text))
 
 
-def _translate(error: DvcException, root: Path) -> Exception:
+def _is_broken(path: Path, read: Callable[[str], Any]) -> bool:
+    try:
+        read(path.read_text(encoding="utf-8"))
+    except (ValueError, YAMLError, Invalid):
+        return True
+    return False
+
+
+def _drop_damaged(repo: Repo, name: str) -> list[str]:
+    """Return the files of a stage's outputs that are not what their hashes say, after removing them and their source.
+
+    DVC takes a file of its cache for good when it is read-only, and never hashes it again.
+    """
+    (stage,) = repo.stage.collect(name)
+    damaged = {out: {path: oid for path, oid in _hashes(out) if _md5(path) != oid} for out in stage.outs}
+    for out, files in damaged.items():
+        for oid in files.values():
+            cached = Path(out.cache.oid_to_path(oid))
+            if cached.exists() and _md5(cached) != oid:
+                cached.unlink()
+        if files:
+            out.remove()
+    return [str(path.relative_to(repo.root_dir)) for files in damaged.values() for path in files]
+
+
+def _drop_damaged_lists(repo: Repo, name: str) -> list[str]:
+    """Return the folders of a stage's outputs whose list of files in DVC's cache is damaged, after removing it."""
+    (stage,) = repo.stage.collect(name)
+    damaged = []
+    for out in stage.outs:
+        if out.use_cache and out.hash_info and out.hash_info.isdir:
+            cached = Path(out.cache.oid_to_path(out.hash_info.value))
+            if cached.exists() and f"{_md5(cached)}.dir" != out.hash_info.value:
+                cached.unlink()
+                damaged.append(out.def_path)
+    return damaged
+
+
+def _hashes(out: Any) -> Iterator[tuple[Path, str]]:
+    """Give the files of an output that DVC caches, and the hashes they should have."""
+    content = out.get_obj() if out.use_cache and out.hash_name == "md5" else None
+    if isinstance(content, Tree):
+        yield from ((Path(out.fs_path, *key), info.value) for key, _, info in content)
+    elif content is not None:
+        yield Path(out.fs_path), out.hash_info.value
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def full_disk(error: BaseException, root: Path) -> StageError | None:
+    """Return what to tell a user whose disk is full, None when the error has another reason."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "errno", None) in _FULL or any(words in str(cause) for words in _FULL_WORDS):
+            return StageError(
+                f"there is no room left on the disk ({cause})",
+                where=str(getattr(cause, "filename", None) or root),
+                fix="free some, then run again; `dvc gc --workspace` removes what older versions left in DVC's cache",
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _translate(error: DvcException | OSError, root: Path) -> Exception:
     """Make DVC's error one of ours, by the deepest cause that says something."""
     causes: list[BaseException] = [error]
     while causes[-1].__cause__ is not None:
@@ -203,6 +330,8 @@ def _translate(error: DvcException, root: Path) -> Exception:
             return _busy(str(cause), root)
         if isinstance(cause, NotDvcRepoError):
             return StageError("this is no DVC repository", where=str(root), fix="dvc init")
+    if isinstance(error, OSError):
+        return error
     return StageError(f"DVC: {causes[-1]}", where=str(root), fix="see `dvc status` and `dvc doctor`")
 
 

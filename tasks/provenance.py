@@ -9,7 +9,11 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from tasks.pipeline import StageKey
+from tasks.processes import process_id
 from tasks.workspace import Workspace
+
+PROCESS = "nss.process"
+"""The tag that names the process of a run, see `tasks.processes.process_id`."""
 
 _UNKNOWN = "unknown"
 
@@ -20,7 +24,7 @@ def provenance_tags(workspace: Workspace, key: StageKey | None = None) -> dict[s
     >>> provenance_tags(find_workspace())["nss.data_md5"]  # doctest: +SKIP
     '9f0c1e8a....dir'
     """
-    tags = {"nss.data_md5": data_md5(workspace), **_git_tags(workspace.root)}
+    tags = {PROCESS: process_id(), "nss.data_md5": data_md5(workspace), **_git_tags(workspace.root)}
     if key is not None:
         tags |= {"nss.stage_key": key.digest, "nss.params_digest": key.params, "nss.code_digest": key.code}
     if experiment := os.environ.get("DVC_EXP_NAME"):

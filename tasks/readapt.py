@@ -16,6 +16,7 @@ from nss.slice import SemanticSlices
 from tasks.batches import known_and_new
 from tasks.params import ReadaptParams
 from tasks.tables import write_nothing, write_tables
+from tasks.wanted import is_wanted
 from tasks.workspace import Workspace, require_same_source
 
 _CHANGE = ("old_before", "old_after", "new_before", "new_after")
@@ -36,22 +37,22 @@ def run(params: ReadaptParams, workspace: Workspace) -> None:
     known, arrived = known_and_new(workspace, model.spec.classes)
     sources = {"data": known.digest, "model": model_digest(model)}
     require_same_source(workspace.out("slice"), **sources)
-    why = _nothing_to_do(params, arrived, model.spec.classes)
+    digests = {**sources, "new": arrived.digest}
+    is_needed, why = is_wanted(workspace, "readapt", params.when, **digests)
+    why = _nothing_to_do(arrived, model.spec.classes) if is_needed else why
     learned = [] if why else _batches_within(arrived, len(model.spec.classes))
     batches = [batch.digest for batch in known.batches] + learned
     with replacing(workspace.out("readapt")) as part:
         part.mkdir()
-        write_json(part / "source.json", {**sources, "new": arrived.digest, "batches": batches})
+        write_json(part / "source.json", {**digests, "batches": batches})
         if why:
             write_nothing(part, _TABLES, why)
         else:
             _follow(part, params, workspace, model, known, arrived)
 
 
-def _nothing_to_do(params: ReadaptParams, arrived: Dataset, classes: Sequence[str]) -> str:
+def _nothing_to_do(arrived: Dataset, classes: Sequence[str]) -> str:
     """Return why there is nothing to do, or an empty text."""
-    if params.when == "never":
-        return "readapt.when is never"
     if not len(arrived):
         return "no batch has arrived since the model was made"
     new = arrived.of_classes(classes)

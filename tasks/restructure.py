@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nss.files import replacing, write_json
+from nss.errors import StageError
+from nss.files import read_json, replacing, write_json
 from nss.model import load_model, model_digest, save_model
 from nss.profile import Profile
 from nss.restructure import Point, Restructured, restructure
@@ -13,6 +14,7 @@ from nss.slice import SemanticSlices
 from tasks.batches import known_data
 from tasks.params import RestructureParams
 from tasks.tables import write_nothing, write_tables
+from tasks.wanted import is_wanted
 from tasks.workspace import Workspace, require_same_source
 
 _TABLES = {
@@ -23,16 +25,23 @@ _TABLES = {
 
 
 def run(params: RestructureParams, workspace: Workspace) -> None:
-    """Write artifacts/restructure: metrics.json, result.json, source.json, and unless `when` is never, the rest."""
+    """Write artifacts/restructure: metrics.json, result.json, source.json, model/, plan.json, and tables.
+
+    When there is nothing to do, the tables are empty and there is no model and no plan; result.json says why.
+    """
     model = load_model(workspace.out("base") / "model", workspace.packages)
     data = known_data(workspace, model.spec.classes)
     sources = {"data": data.digest, "model": model_digest(model)}
     require_same_source(workspace.out("slice"), **sources)
+    is_needed, why = is_wanted(workspace, "restructure", params.when, **sources)
+    if is_needed and model.spec.tasks:
+        is_needed, why = False, f"{why}; but a model that was extended by new classes cannot be made smaller"
+    batches = read_json(workspace.out("base") / "source.json", StageError)["batches"]
     with replacing(workspace.out("restructure")) as part:
         part.mkdir()
-        write_json(part / "source.json", sources)
-        if params.when == "never":
-            write_nothing(part, _TABLES, "restructure.when is never")
+        write_json(part / "source.json", {**sources, "batches": batches})
+        if not is_needed:
+            write_nothing(part, _TABLES, why)
             return
         found = restructure(
             model,
@@ -48,10 +57,10 @@ def run(params: RestructureParams, workspace: Workspace) -> None:
             curve=params.curve,
             seed=params.seed,
         )
-        _write(part, found)
+        _write(part, found, why)
 
 
-def _write(folder: Path, found: Restructured) -> None:
+def _write(folder: Path, found: Restructured, why: str) -> None:
     """Write model/, plan.json, curve.csv, kept.csv and change.csv beside them; accuracies are on validation."""
     save_model(found.model, folder / "model")
     found.plan.save(folder / "plan.json")
@@ -61,7 +70,7 @@ def _write(folder: Path, found: Restructured) -> None:
     layers = [(name, len(each.kept), each.total) for name, each in found.plan.layers.items()]
     write_tables(folder, _TABLES, {"curve.csv": rows, "kept.csv": layers, "change.csv": _change(first, last)})
     write_json(folder / "metrics.json", _metrics(found.report))
-    write_json(folder / "result.json", {"done": True, "why": "restructure.when is always"})
+    write_json(folder / "result.json", {"done": True, "why": why})
 
 
 def _change(before: Point, after: Point) -> list[tuple[str, float, float]]:

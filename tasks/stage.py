@@ -14,8 +14,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from nss.errors import NssError, StageError
-from tasks.params import Params, load_params
-from tasks.pipeline import LOG, RECEIPT, Pipeline, StageKey
+from tasks.params import STAGES, Params, load_params
+from tasks.pipeline import LOG, RECEIPT, Pipeline, StageKey, full_disk
 from tasks.workspace import Workspace, find_workspace
 
 CYCLE = "NSS_CYCLE_RUN_ID"
@@ -31,14 +31,15 @@ class Terminated(BaseException):
 def main(verb: str) -> int:
     """Run one stage in the workspace of the current folder and return its exit code.
 
-    0 done, 1 crashed (traceback on stderr), 2 a user's mistake (message on stderr), 130 Ctrl-C, 143 SIGTERM.
+    0 done; 1 crashed (traceback on stderr); 2 a user's mistake, or a full disk (message on stderr); 130 Ctrl-C;
+    143 SIGTERM.
     """
     _announce(verb)
     signal.signal(signal.SIGTERM, _terminate)
     record: Record | None = None
     try:
-        if verb not in Params.model_fields:
-            raise StageError(f"there is no stage '{verb}'", allowed=", ".join(Params.model_fields))
+        if verb not in STAGES:
+            raise StageError(f"there is no stage '{verb}'", allowed=", ".join(STAGES))
         workspace = find_workspace()
         params = load_params(workspace.params)
         workspace = replace(workspace, packages=tuple(params.base.packages))
@@ -134,8 +135,8 @@ def _judge(error: BaseException) -> tuple[int, str]:
         return TERMINATED, "KILLED"
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "KILLED"
-    if isinstance(error, NssError):
-        _say(str(error))
+    if known := error if isinstance(error, NssError) else full_disk(error, Path.cwd()):
+        _say(str(known))
         return MISTAKE, "FAILED"
     traceback.print_exception(error)
     return CRASH, "FAILED"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from filelock import FileLock
 from mlflow import MlflowClient
@@ -22,6 +25,10 @@ from mlflow.entities import (
     ViewType,
 )
 from mlflow.exceptions import MlflowException
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
+from sqlalchemy import create_engine, text
+from sqlalchemy.pool import NullPool
 
 from nss.files import replacing
 from tasks.workspace import Workspace
@@ -37,6 +44,14 @@ _LONGEST_DIGEST = 36
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 
 _SQLITE = "sqlite:///"
+# Of the lock in a PostgreSQL database: any number that nobody else in it uses.
+_LOCK = 0x6E7373
+
+# Where a database listens when its address does not say.
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_PATIENCE_S = 5
+# MLflow alone waits two minutes for each of eight tries; a stage must not hang on its journal for a quarter of an hour.
+_LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
 
 
 class Tracker:
@@ -51,11 +66,13 @@ class Tracker:
 
     def __init__(self, uri: str, artifacts: Path, experiment: str = EXPERIMENT) -> None:
         self.uri = uri
+        require_answer(uri)
         if uri.startswith(_SQLITE):
             create_database(Path(uri.removeprefix(_SQLITE)), artifacts)
-        self.client = MlflowClient(tracking_uri=uri)
-        # Behind a server, the server says where artifacts go.
-        self.experiment_id = _experiment(self.client, None if uri.startswith("http") else artifacts, experiment)
+        with _alone(uri):
+            self.client = MlflowClient(tracking_uri=uri)
+            # Behind a server, the server says where artifacts go.
+            self.experiment_id = _experiment(self.client, None if uri.startswith("http") else artifacts, experiment)
 
     def find(self, **tags: str) -> Run | None:
         """Return the newest run whose `nss.*` tags have these values, for example `stage_key`."""
@@ -64,6 +81,17 @@ class Tracker:
             [self.experiment_id], " and ".join(words), ViewType.ACTIVE_ONLY, 1, ["attributes.start_time DESC"]
         )
         return runs[0] if runs else None
+
+    def running(self) -> list[Run]:
+        """Return the runs of the experiment that have not ended."""
+        found: list[Run] = []
+        page = None
+        while page != "":
+            part = self.client.search_runs(
+                [self.experiment_id], "attributes.status = 'RUNNING'", max_results=1000, page_token=page
+            )
+            found, page = [*found, *part], part.token or ""
+        return found
 
     def open(self, name: str, identity: Mapping[str, str], tags: Mapping[str, str], parent: str | None = None) -> Run:
         """Find the run with the tags in `identity`, or make it. A run that did not finish is running again.
@@ -146,6 +174,26 @@ def open_tracker(workspace: Workspace, experiment: str = EXPERIMENT) -> Tracker:
     return Tracker(tracking_uri(workspace), workspace.store / "artifacts", experiment)
 
 
+def require_answer(uri: str) -> None:
+    """Raise ConnectionError unless the server behind a store's address answers within five seconds.
+
+    The clients themselves would try for minutes, and each process again. Stores without a server always pass.
+    """
+    parts = urlsplit(uri)
+    port = parts.port or _PORTS.get(parts.scheme.partition("+")[0])
+    try:
+        if parts.scheme in ("http", "https"):
+            for name, value in _LIMITS.items():
+                os.environ.setdefault(name, value)
+            http_request(get_default_host_creds(uri), "/health", "GET", 0, timeout=_PATIENCE_S, raise_on_status=False)
+        elif parts.hostname and port:
+            socket.create_connection((parts.hostname, port), timeout=_PATIENCE_S).close()
+    except (OSError, MlflowException) as error:
+        # The address itself may hold a password.
+        where = f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
+        raise ConnectionError(f"no answer from {where} within {_PATIENCE_S} seconds") from error
+
+
 def create_database(path: Path, artifacts: Path) -> None:
     """Create an sqlite store once, whole, whatever number of processes ask for it at the same time.
 
@@ -159,6 +207,21 @@ def create_database(path: Path, artifacts: Path) -> None:
         if not path.exists():
             with replacing(path) as part:
                 _experiment(MlflowClient(tracking_uri=f"{_SQLITE}{part}"), artifacts, EXPERIMENT)
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Be the only one in a PostgreSQL database that may be empty: MLflow's clients each make its tables, and collide.
+
+    The lock is PostgreSQL's own, so it is gone with the connection, in whatever way this process ends.
+    """
+    if not uri.startswith("postgresql"):
+        yield
+        return
+    engine = create_engine(uri, poolclass=NullPool)
+    with engine.connect() as connection:
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+        yield
 
 
 def _experiment(client: MlflowClient, artifacts: Path | None, name: str) -> str:

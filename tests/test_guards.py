@@ -231,4 +231,5 @@ def test_every_verb_is_a_stage() -> None:
 
 
 def test_every_group_of_parameters_belongs_to_a_stage() -> None:
-    assert set(YAML(typ="safe").load(ROOT / "params.yaml")) == set(stages())
+    # What becomes of a model that the gate promotes is no stage: it has effects outside.
+    assert set(YAML(typ="safe").load(ROOT / "params.yaml")) == {*stages(), "register"}

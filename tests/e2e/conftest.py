@@ -170,6 +170,16 @@ def copy(executed: tuple[Copy, Ended], tmp_path: Path, home: Path, server: str) 
     return Copy(root, {**environment(root, home), "PREFECT_API_URL": server})
 
 
+@pytest.fixture
+def laid_out(tmp_path: Path, home: Path, server: str) -> Copy:
+    """A workspace that `nss init` laid out in a folder of its own, with a Prefect server running."""
+    root = tmp_path / "own"
+    root.mkdir()
+    workspace = Copy(root, {**environment(ROOT, home), "PREFECT_API_URL": server})
+    workspace.run("nss", "init", "--name", "digits")
+    return workspace
+
+
 @pytest.fixture(scope="session")
 def clone_again(home: Path) -> Callable[[Copy, Path], Copy]:
     """Give the function that clones a copy's commit, without its data, results and caches."""

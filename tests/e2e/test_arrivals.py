@@ -15,7 +15,7 @@ from nss.model import load_model, model_digest
 from tasks.champion import Champion, pin_champion
 from tasks.workspace import Workspace
 
-STAGES = ["base", "profile", "slice", "restructure", "readapt", "extend", "evaluate"]
+STAGES = ["base", "profile", "slice", "triage", "restructure", "readapt", "extend", "evaluate", "gate"]
 CACHED = dict.fromkeys(STAGES, "cached")
 
 
@@ -37,7 +37,7 @@ def test_without_a_new_batch_the_stage_says_so_in_seconds(copy) -> None:
     ended = copy.run("nss", "stage", "readapt")
     assert copy.json("artifacts/readapt/metrics.json") == {"done": 0}
     why = copy.json("artifacts/readapt/result.json")["why"]
-    assert why == "no batch has arrived since the model was made"
+    assert why == "triage: no new images"
     assert ended.cpu < 20
     assert copy.run("dvc", "status").out.strip() == "Data and pipelines are up to date."
 
@@ -48,7 +48,15 @@ def test_a_drifted_batch_is_followed_and_old_accuracy_holds(copy, tmp_path: Path
     copy.run("nss", "data", "add", str(drifted_digits(copy.root, tmp_path / "dark.npz")))
     ended = copy.nss_run()
     # Profile, slices and the smaller model are of what the champion knows, and that is what it was.
-    assert ended.outcomes == CACHED | dict.fromkeys(("base", "readapt", "extend", "evaluate"), "executed")
+    again = ("base", "triage", "readapt", "extend", "evaluate", "gate")
+    assert ended.outcomes == CACHED | dict.fromkeys(again, "executed")
+    assert copy.json("artifacts/triage/metrics.json") == {"restructure": 1, "readapt": 1, "extend": 0}
+    assert "features of the new images have drifted" in copy.json("artifacts/triage/readapt.json")["why"]
+    decision = copy.json("artifacts/gate/gate.json")
+    assert decision["promoted"] == "readapt", decision
+    assert decision["candidates"]["readapt"]["batches"] == [
+        each.digest for each in load_data(copy.root / "data").batches
+    ]
     scores = copy.json("artifacts/evaluate/metrics.json")
     assert scores["readapted_new_accuracy"] > scores["new_accuracy"] + 0.3
     assert scores["readapted_accuracy"] > scores["accuracy"] - 0.02

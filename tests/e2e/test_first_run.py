@@ -9,10 +9,10 @@ import pytest
 
 from nss.data import load_data
 from nss.evaluate import evaluate_slices
-from nss.model import load_model
+from nss.model import load_model, model_digest
 from nss.slice import SemanticSlices
 
-STAGES = ["base", "profile", "slice", "restructure", "readapt", "extend", "evaluate"]
+STAGES = ["base", "profile", "slice", "triage", "restructure", "readapt", "extend", "evaluate", "gate"]
 
 
 def test_the_run_prints_a_line_a_stage_and_where_to_look(executed) -> None:
@@ -27,6 +27,20 @@ def test_the_run_prints_a_line_a_stage_and_where_to_look(executed) -> None:
         assert run.info.run_id in ended.out
     assert f"mlflow ui --backend-store-uri sqlite:///{copy.root}/mlflow/tracking.db" in ended.out
     assert "prefect server start" in ended.out
+
+
+def test_the_run_says_what_is_needed_and_what_the_gate_decided(executed) -> None:
+    copy, ended = executed
+    budget, macs = 1_500_000, copy.json("artifacts/restructure/metrics.json")
+    assert macs["macs"] <= budget < macs["macs"] / macs["macs_kept"], "the budget asks for it, and is then kept"
+    assert "  readapt      not needed: no new images" in ended.out
+    assert f"({budget:,} allowed)" in ended.out
+    decision = copy.json("artifacts/gate/gate.json")
+    assert f"verdict     {decision['verdict']}: {decision['promoted'] or 'nothing'}" in ended.out
+    assert [each["verb"] for each in decision["judgements"]] == ["restructure", "base"]
+    assert decision["verdict"] == "PROMOTE"
+    for verb, each in decision["candidates"].items():
+        assert each["model"] == model_digest(load_model(copy.root / "artifacts" / verb / "model"))
 
 
 def test_the_run_is_quiet_beside_that(executed) -> None:
@@ -88,10 +102,12 @@ def test_runs_say_where_they_come_from(executed) -> None:
         ("base", {"training.png"}),
         ("slice", {"dendrogram.png", "overlap.png", "kept_neurons.png"}),
         ("restructure", {"kept_neurons.png", "size_curve.png", "class_change.png"}),
-        ("evaluate", {"confusion.png", "class_accuracy.png"}),
+        ("triage", {"restructure.json", "readapt.json", "extend.json"}),
+        ("evaluate", {"confusion.png", "class_accuracy.png", "differences.png"}),
+        ("gate", {"gate.json", "reasons.md"}),
     ],
 )
-def test_pictures_are_logged(executed, stage: str, expected: set[str]) -> None:
+def test_pictures_and_reasons_are_logged(executed, stage: str, expected: set[str]) -> None:
     copy, _ = executed
     (run,) = [run for run in copy.runs("stage") if run.info.run_name == stage]
     assert expected <= {file.path for file in copy.client.list_artifacts(run.info.run_id)}

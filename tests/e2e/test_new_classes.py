@@ -16,7 +16,7 @@ from nss.model import Classifier, build_model, load_model, model_digest, save_mo
 from tasks.champion import Champion, pin_champion
 from tasks.workspace import Workspace
 
-STAGES = ["base", "profile", "slice", "restructure", "readapt", "extend", "evaluate"]
+STAGES = ["base", "profile", "slice", "triage", "restructure", "readapt", "extend", "evaluate", "gate"]
 KNOWN = 8
 
 
@@ -49,7 +49,7 @@ def test_new_digits_are_learned_and_the_old_logits_stay_bit_for_bit(copy, tmp_pa
     champion = champion_of(old, copy.root, tmp_path / "champion")
     # With a share of one nothing is condensed: the logits are those of the champion itself.
     copy.edit("params.yaml", "share: 0.7 #", "share: 1.0 #")
-    copy.edit("params.yaml", "when: always # always or never", "when: never #")
+    copy.edit("params.yaml", "when: triage # always, never, or triage", "when: never #")
     for name in ("data", "champion"):
         copy.run("dvc", "add", name)
     copy.run("nss", "data", "add", str(tmp_path / "new.npz"), "--new-classes")
@@ -64,6 +64,11 @@ def test_new_digits_are_learned_and_the_old_logits_stay_bit_for_bit(copy, tmp_pa
     assert scores["extended_accuracy"] > scores["accuracy"] - 0.1
     assert scores["extended_new_accuracy"] > 0.7
     assert found["old_told_accuracy"] == pytest.approx(found["original_old_accuracy"])
+    assert copy.json("artifacts/triage/metrics.json")["extend"] == 1
+    assert copy.json("artifacts/triage/extend.json")["why"].startswith("new classes: 8 (")
+    judged = {each["verb"]: each for each in copy.json("artifacts/gate/gate.json")["judgements"]}
+    assert list(judged) == ["extend"]
+    assert judged["extend"]["reasons"][-1]["text"] == "new classes: 8, 9"
     check_run(copy, monkeypatch)
     text = copy.run("nss", "run").out
     assert [line.split()[:2] for line in text.splitlines()[: len(STAGES)]] == [[name, "Cached"] for name in STAGES]

@@ -27,6 +27,11 @@ def report(stage: str, metrics: dict[str, float | None]) -> StageReport:
         ("extend", {"done": 0}, "nothing to do"),
         ("restructure", {"done": 1, "macs_kept": 0.5}, "50% of the multiply-adds"),
         ("restructure", {"done": 0}, "nothing to do"),
+        ("triage", {"restructure": 1, "readapt": 0, "extend": 1}, "restructure, extend"),
+        ("triage", {"restructure": 0, "readapt": 0, "extend": 0}, "nothing needed"),
+        ("gate", {"promoted": 1, "candidates": 2, "held": 1, "rejected": 0}, "one of 2 promoted"),
+        ("gate", {"promoted": 0, "candidates": 2, "held": 1, "rejected": 1}, "none of 2 promoted"),
+        ("gate", {"promoted": 0, "candidates": 0, "held": 0, "rejected": 0}, "no candidate"),
         ("unheard-of", {"x": 1}, ""),
     ],
 )
@@ -52,6 +57,9 @@ def workspace(tmp_path: Path) -> Workspace:
     for verb in ("restructure", "readapt"):
         write_json(found.out(verb) / "metrics.json", {"done": 0})
     write_json(found.out("extend") / "result.json", {"done": False})
+    for verb in ("restructure", "readapt", "extend"):
+        write_json(found.out("triage") / f"{verb}.json", {"needed": False, "why": "no new images"})
+    write_json(found.out("gate") / "gate.json", {"verdict": "HOLD", "promoted": None, "judgements": []})
     return found
 
 
@@ -85,3 +93,37 @@ def test_a_summary_tells_what_was_learned_and_how_well_old_and_new_are_told_apar
     scores |= {"extended_new_accuracy": 0.75, "extended_new_told_accuracy": 1.0}
     write_json(workspace.out("evaluate") / "metrics.json", scores)
     assert f"extended    by dog, eel: new images 75.00% (100.00% told old or new), {old}" in lines(workspace)
+
+
+def test_a_summary_tells_what_is_needed_and_why(workspace: Workspace) -> None:
+    finding = {"needed": True, "why": "macs 2,413,056 (1,500,000 allowed)"}
+    write_json(workspace.out("triage") / "restructure.json", finding)
+    found = lines(workspace)
+    at = found.index("triage")
+    assert found[at + 1 : at + 4] == [
+        "  restructure  macs 2,413,056 (1,500,000 allowed)",
+        "  readapt      not needed: no new images",
+        "  extend       not needed: no new images",
+    ]
+
+
+def test_a_summary_tells_the_verdict_on_every_candidate_and_what_decided(workspace: Workspace) -> None:
+    assert "verdict     HOLD: there is no candidate" in lines(workspace)
+    lost = {"check": "old knowledge", "verdict": "REJECT", "text": "class 8 falls by 0.3"}
+    gained = {"check": "benefit", "verdict": "PROMOTE", "text": "smaller"}
+    judgements = [
+        {"verb": "readapt", "verdict": "REJECT", "reasons": [lost, gained]},
+        {"verb": "restructure", "verdict": "PROMOTE", "reasons": [gained]},
+    ]
+    decision = {"verdict": "PROMOTE", "promoted": "restructure", "judgements": judgements}
+    write_json(workspace.out("gate") / "gate.json", decision)
+    found = lines(workspace)
+    at = found.index("verdict     PROMOTE: restructure")
+    assert found[at + 1 : at + 3] == [
+        "  readapt      REJECT: class 8 falls by 0.3",
+        "  restructure  PROMOTE: smaller",
+    ]
+    write_json(
+        workspace.out("gate") / "gate.json", {"verdict": "REJECT", "promoted": None, "judgements": judgements[:1]}
+    )
+    assert "verdict     REJECT: nothing" in lines(workspace)

@@ -66,8 +66,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "profile": {"windows": 1},
     "slice": {"metric": "taylor", "rule": "cumulative", "threshold": 0.9, "n_slices": 2},
     "restructure": {"when": "never"},
-    "readapt": {"epochs": 6, "batch_size": 16},
-    "extend": {"epochs": 6, "batch_size": 16, "replay": 0.05},
+    "readapt": {"when": "always", "epochs": 6, "batch_size": 16},
+    "extend": {"when": "always", "epochs": 6, "batch_size": 16, "replay": 0.05},
 }
 
 

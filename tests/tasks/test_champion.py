@@ -93,7 +93,7 @@ def test_a_pinned_model_is_copied_byte_for_byte_with_figures_of_its_own(small) -
     pin(small)
     metrics = small.run("base", epochs=1, seed=7)
     after = small.files("base")
-    assert {name for name in before if before[name] != after[name]} == {"metrics.json", "history.csv"}
+    assert {name for name in before if before[name] != after[name]} == {"metrics.json", "history.csv", "champion.json"}
     model, data = load_model(small.workspace.champion), load_data(small.workspace.data)
     for split in ("train", "val"):
         assert metrics[f"{split}_accuracy"] == pytest.approx(evaluate(model, data.split(split)).accuracy)

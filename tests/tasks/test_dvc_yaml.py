@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from tasks.params import Params, load_params
+from tasks import params
+from tasks.params import load_params
 
 ROOT = Path(__file__).resolve().parents[2]
 DVC = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
@@ -63,22 +64,44 @@ def test_a_stage_depends_on_exactly_the_code_it_runs(verb: str) -> None:
 
 
 def test_stages_have_a_params_group_a_command_and_an_output_of_their_name() -> None:
-    names = ["base", "profile", "slice", "restructure", "readapt", "extend", "evaluate"]
-    assert list(STAGES) == list(Params.model_fields) == names
+    names = ["base", "profile", "slice", "triage", "restructure", "readapt", "extend", "evaluate", "gate"]
+    assert list(STAGES) == list(params.STAGES) == names
+    assert list(params.Params.model_fields) == [*names, "register"]
     for verb, stage in STAGES.items():
         assert (stage["cmd"], stage["params"], stage["outs"]) == (f"nss stage {verb}", [verb], [f"artifacts/{verb}"])
 
 
 def test_the_module_behind_slice_is_no_dependency_of_what_comes_before() -> None:
-    assert [verb for verb in STAGES if "nss/slice.py" in STAGES[verb]["deps"]] == list(STAGES)[2:]
+    readers = [verb for verb in STAGES if "nss/slice.py" in STAGES[verb]["deps"]]
+    assert readers == ["slice", "restructure", "readapt", "extend", "evaluate"]
 
 
 def test_what_reads_known_batches_only_depends_on_their_names_and_not_on_all_data() -> None:
-    assert [verb for verb in STAGES if "data" in STAGES[verb]["deps"]] == ["base", "readapt", "extend", "evaluate"]
-    readers = [verb for verb in STAGES if "nss/data.py" in STAGES[verb]["deps"]]
-    assert readers == list(STAGES)
-    assert [verb for verb in readers if "artifacts/base/source.json" in STAGES[verb]["deps"]] == readers[1:]
+    assert [verb for verb in STAGES if "data" in STAGES[verb]["deps"]] == [
+        "base",
+        "triage",
+        "readapt",
+        "extend",
+        "evaluate",
+    ]
+    readers = list(STAGES)[1:-1]
+    assert [verb for verb in STAGES if "artifacts/base/source.json" in STAGES[verb]["deps"]] == readers
     assert [verb for verb in STAGES if "champion.json" in STAGES[verb]["deps"]] == ["base"]
+    assert [verb for verb in STAGES if "artifacts/base/champion.json" in STAGES[verb]["deps"]] == ["evaluate"]
+
+
+def test_each_maintenance_reads_its_own_finding_and_restructuring_nothing_else_of_triage() -> None:
+    def found(verb: str) -> list[str]:
+        return [dep for dep in STAGES[verb]["deps"] if dep.startswith("artifacts/triage")]
+
+    assert found("restructure") == ["artifacts/triage/restructure.json"]
+    for verb in ("readapt", "extend"):
+        assert found(verb) == [f"artifacts/triage/{verb}.json", "artifacts/triage/source.json"]
+    assert [verb for verb in STAGES if found(verb)] == ["restructure", "readapt", "extend"]
+
+
+def test_the_gate_reads_what_was_measured_and_nothing_else() -> None:
+    assert [dep for dep in STAGES["gate"]["deps"] if not dep.endswith(".py")] == ["artifacts/evaluate/candidates.json"]
 
 
 def test_every_table_and_figure_that_dvc_shows_is_an_output_of_a_stage() -> None:

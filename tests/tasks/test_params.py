@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,85 +11,44 @@ import pytest
 from nss.critical import RULES
 from nss.errors import ParamsError
 from nss.extend import extend
+from nss.gate import GateSettings
 from nss.profile import METRICS
 from nss.readapt import readapt
 from nss.restructure import BUDGETS
 from nss.slice import LINKAGES
+from nss.triage import BUDGETS as SIZES
+from nss.triage import TriageSettings
 from tasks.params import Budget, Linkage, Metric, Rule, load_params
 
-GOOD: dict[str, dict[str, str]] = {
-    "base": {
-        "factory": "nss.zoo:lenet",
-        "arguments": "{}",
-        "packages": "[]",
-        "epochs": "3",
-        "batch_size": "64",
-        "learning_rate": "5e-2",
-        "weight_decay": "0",
-        "seed": "0",
-    },
-    "profile": {
-        "metrics": "[avg, taylor]",
-        "split": "train",
-        "samples_per_class": "null",
-        "batch_size": "128",
-        "windows": "4",
-        "device": "auto",
-        "bf16": "false",
-        "shards": "1",
-        "dask": "null",
-    },
-    "slice": {
-        "metric": "taylor",
-        "rule": "cumulative",
-        "threshold": "1",
-        "n_slices": "null",
-        "distance_threshold": "0.5",
-        "linkage": "average",
-        "layers": "null",
-    },
-    "restructure": {
-        "when": "always",
-        "budget": "macs",
-        "target": "0.5",
-        "cap": "0.9",
-        "multiple": "1",
-        "fine_tune_steps": "0",
-        "learning_rate": "1e-2",
-        "distil": "true",
-        "curve": "[]",
-        "seed": "0",
-    },
-    "readapt": {
-        "when": "always",
-        "share": "0.2",
-        "guard": "3",
-        "learning_rate": "5e-3",
-        "epochs": "10",
-        "batch_size": "64",
-        "replay": "0",
-        "distil": "0",
-        "patience": "5",
-        "seed": "0",
-    },
-    "extend": {
-        "when": "always",
-        "replay": "0.05",
-        "share": "0.7",
-        "width": "0.3",
-        "learning_rate": "5e-2",
-        "epochs": "3",
-        "batch_size": "64",
-        "weight_decay": "5e-4",
-        "seed": "0",
-    },
-    "evaluate": {"split": "test", "batch_size": "500"},
+GOOD = {
+    "base": "factory: nss.zoo:lenet; arguments: {}; packages: []; epochs: 3; batch_size: 64; "
+    "learning_rate: 5e-2; weight_decay: 0; seed: 0",
+    "profile": "metrics: [avg, taylor]; split: train; samples_per_class: null; batch_size: 128; windows: 4; "
+    "device: auto; bf16: false; shards: 1; dask: null",
+    "slice": "metric: taylor; rule: cumulative; threshold: 1; n_slices: null; distance_threshold: 0.5; "
+    "linkage: average; layers: null",
+    "triage": "alpha: 0.05; min_effect: 0.01; max_drop: 0.02; min_images: 30; min_class_images: 10; "
+    "max_images: 1000; permutations: 999; "
+    "budgets: {parameters: null, macs: 1.5e+6, bytes: null, latency_ms: null}; seed: 0",
+    "restructure": "when: always; budget: macs; target: 0.5; cap: 0.9; multiple: 1; fine_tune_steps: 0; "
+    "learning_rate: 1e-2; distil: true; curve: []; seed: 0",
+    "readapt": "when: always; share: 0.2; guard: 3; learning_rate: 5e-3; epochs: 10; batch_size: 64; replay: 0; "
+    "distil: 0; patience: 5; seed: 0",
+    "extend": "when: always; replay: 0.05; share: 0.7; width: 0.3; learning_rate: 5e-2; epochs: 3; batch_size: 64; "
+    "weight_decay: 5e-4; seed: 0",
+    "evaluate": "split: test; batch_size: 500",
+    "gate": "min_accuracy: 0.5; min_class_accuracy: 0.25; max_drop: 0.01; max_class_drop: 0.05; alpha: 0.05; "
+    "min_saving: 0.05; min_images: 100",
+    "register": "name: digits; promote: manual; commit: false",
 }
+"""{group: settings, as they stand in the file}"""
+BUDGETS_ALLOWED = "parameters, macs, bytes, latency_ms"
+NAME = "letters, digits, _, . and -"
 
 
 def write(path: Path, changes: dict[str, str | None] | None = None) -> Path:
     """params.yaml with keys like "slice.threshold" set to a text, or left out for None."""
-    groups = {group: dict(keys) for group, keys in GOOD.items()}
+    groups = {group: dict(each.split(": ", 1) for each in keys.split("; ")) for group, keys in GOOD.items()}
     for name, value in (changes or {}).items():
         group, _, key = name.partition(".")
         if not key:
@@ -149,18 +109,35 @@ def test_good_parameters_are_read_with_their_types(tmp_path: Path) -> None:
         ("slice.n_slices", "1.0", "1.0", "a whole number from 1, or null"),
         ("slice.distance_threshold", "-0.1", "-0.1", "a number from 0 to 1, or null"),
         ("slice.linkage", "ward", "'ward'", "average, complete or single"),
-        ("readapt.when", "triage", "'triage'", "always or never"),
+        ("restructure.when", "sometimes", "'sometimes'", "always, never or triage"),
+        ("readapt.when", "true", "True", "always, never or triage"),
         ("readapt.share", "0", "0", "a share above 0, at most 1: the most of all weights to train"),
         ("readapt.guard", "-1", "-1", "a number from 0 to 1000000: weight of the old behaviour"),
         ("readapt.patience", "0", "0", "a whole number from 1 to 10000"),
         ("readapt.replay", "1.5", "1.5", "a share from 0 to 1: of the old images, to train on again"),
-        ("extend.when", "triage", "'triage'", "always or never"),
+        ("extend.when", "null", "None", "always, never or triage"),
         ("extend.replay", "-0.1", "-0.1", "a share from 0 to 1: of the old images, to train on again"),
         ("extend.share", "0", "0", "a share above 0, at most 1: of each layer, for the old classes"),
         ("extend.width", "1.5", "1.5", "a share above 0, at most 1: of each layer, for the new classes"),
         ("extend.epochs", "0", "0", "a whole number from 1 to 10000"),
         ("extend.weight_decay", ".inf", "inf", "a number from 0 to 1"),
         ("evaluate.split", "train", "'train'", "val or test"),
+        ("triage.alpha", "1", "1", "a number above 0, below 1"),
+        ("triage.min_effect", "-0.1", "-0.1", "a share from 0 to 1"),
+        ("triage.min_images", "1", "1", "a whole number from 2 to 1000000000"),
+        ("triage.min_class_images", "0", "0", "a whole number from 1 to 1000000000"),
+        ("triage.permutations", "0", "0", "a whole number from 1 to 1000000"),
+        ("triage.budgets", "null", "None", f"a mapping with the keys {BUDGETS_ALLOWED}"),
+        ("gate.min_accuracy", "1.5", "1.5", "a share from 0 to 1"),
+        ("gate.min_saving", "0", "0", "a share above 0, at most 1"),
+        ("gate.alpha", "0", "0", "a number above 0, below 1"),
+        ("gate.min_images", "0", "0", "a whole number from 1 to 1000000000"),
+        ("register.promote", "always", "'always'", "manual or auto"),
+        ("register.commit", "1", "1", "true or false"),
+        *(
+            ("register.name", name, repr(name.strip("'")), f"{NAME}: a name in MLflow's model registry")
+            for name in ("a/b", "'a:1'", "'a@b'", "''", "a b", "-a")
+        ),
     ],
 )
 def test_a_wrong_value_names_the_key_the_value_and_what_is_allowed(
@@ -238,6 +215,69 @@ def test_a_target_that_does_not_suit_its_budget_is_refused(
     assert load_params(write(path, {**changes, "restructure.target": suits})).restructure.target == float(suits)
 
 
+@pytest.mark.parametrize(
+    ("budgets", "problem"),
+    [
+        ("{macs: 1, bytes: 1, latency_ms: 1}", "parameters: missing; allowed: a number above 0, or null for any"),
+        (
+            "{parameters: 0, macs: 1, bytes: 1, latency_ms: 1}",
+            "parameters: 0 is not allowed; allowed: a number above 0, or null for any",
+        ),
+        (
+            "{parameters: 1, macs: .inf, bytes: 1, latency_ms: 1}",
+            "macs: inf is not allowed; allowed: a number above 0, or null for any",
+        ),
+        (
+            "{parameters: 1, macs: 1, bytes: 1, latency_ms: 1, zzz: 1}",
+            f"zzz: no such key; allowed: {BUDGETS_ALLOWED}",
+        ),
+        (
+            "{parameters: 1, macs: 1, bytes: 1, latency_ms: 1, maccs: 1}",
+            f"maccs: no such key (did you mean macs?); allowed: {BUDGETS_ALLOWED}",
+        ),
+    ],
+)
+def test_a_mistake_within_a_group_of_a_group_is_named_by_its_whole_place(
+    tmp_path: Path, budgets: str, problem: str
+) -> None:
+    assert problems(write(tmp_path / "params.yaml", {"triage.budgets": budgets})) == (f"triage.budgets.{problem}",)
+
+
+def test_triage_cannot_look_at_fewer_images_than_it_needs(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    assert problems(write(path, {"triage.max_images": "29"})) == (
+        "triage.max_images: 29 is not allowed; allowed: from min_images (30)",
+    )
+    assert load_params(write(path, {"triage.max_images": "30"})).triage.max_images == 30
+
+
+@pytest.mark.parametrize(("alpha", "fewest"), [("0.05", 39), ("0.3", 6), ("0.01", 199)])
+def test_too_few_permutations_to_be_sure_are_refused_as_the_library_refuses_them(
+    tmp_path: Path, alpha: str, fewest: int
+) -> None:
+    path, changes = tmp_path / "params.yaml", {"triage.alpha": alpha}
+    found = problems(write(path, {**changes, "triage.permutations": str(fewest - 1)}))
+    assert found == (f"triage.permutations: {fewest - 1} cannot reach half of alpha; allowed: from {fewest}",)
+    with pytest.raises(ParamsError):
+        TriageSettings(alpha=float(alpha), permutations=fewest - 1)
+    assert load_params(write(path, {**changes, "triage.permutations": str(fewest)})).triage.permutations == fewest
+    TriageSettings(alpha=float(alpha), permutations=fewest)
+
+
+@pytest.mark.parametrize(("group", "settings"), [("triage", TriageSettings), ("gate", GateSettings)])
+def test_settings_of_a_decision_are_those_of_the_library(tmp_path: Path, group: str, settings: type) -> None:
+    given = load_params(write(tmp_path / "params.yaml")).group(group).model_dump()
+    assert set(given) == {field.name for field in fields(settings)}
+
+
+def test_the_repositorys_settings_of_decisions_are_the_librarys_defaults_but_for_budgets() -> None:
+    params = load_params(Path(__file__).resolve().parents[2] / "params.yaml")
+    assert GateSettings(**params.gate.model_dump()) == GateSettings()
+    assert TriageSettings(**params.triage.model_dump(exclude={"budgets"})) == TriageSettings()
+    assert set(params.triage.budgets.model_dump()) == set(SIZES)
+    assert [params.restructure.when, params.readapt.when, params.extend.when] == ["triage"] * 3
+
+
 def test_answers_of_the_original_without_images_to_answer_are_refused(tmp_path: Path) -> None:
     (problem,) = problems(write(tmp_path / "params.yaml", {"readapt.distil": "0.5"}))
     assert problem == "readapt.distil: 0.5 is not allowed without replay; allowed: 0, or a replay above 0"
@@ -286,7 +326,7 @@ def test_broken_yaml_is_refused_with_the_place(tmp_path: Path, text: str) -> Non
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(text)
-    with pytest.raises(ParamsError, match=r"not a mapping of groups\n.*\n  allowed: base, profile, slice, restr"):
+    with pytest.raises(ParamsError, match=r"not a mapping of groups\n.*\n  allowed: base, profile, slice, triage"):
         load_params(path)
 
 

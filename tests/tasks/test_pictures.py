@@ -207,3 +207,19 @@ def test_the_change_of_classes_has_the_worst_loss_on_top_and_losses_in_red() -> 
     assert red != grey
     assert axes.get_title(loc="left") == "worst change: car -10.0 points"
     renders(figure)
+
+
+def test_differences_have_a_dot_and_an_interval_for_each_candidate_and_losses_are_red() -> None:
+    rows = [("extend, known images", -0.01, -0.03, 0.01), ("readapt, new images", 0.3, 0.25, 0.5)]
+    figure = pictures.differences(rows)
+    (axes,) = figure.axes
+    assert texts(axes.get_yticklabels()) == ["extend, known images", "readapt, new images"]
+    spans = [
+        line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2 and line.get_color() != pictures._DARK
+    ]
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [list(span) for span in spans] == [pytest.approx([-3, 1]), pytest.approx([25, 50])]
+    assert [float(dot.get_xdata()[0]) for dot in dots] == pytest.approx([-1, 30])
+    assert [dot.get_color() for dot in dots] == [pictures._BAD, "#1f6fb4"]
+    assert axes.get_ylim() == (1.5, -0.5), "the first candidate is on top"
+    renders(figure)

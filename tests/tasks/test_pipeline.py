@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -13,8 +14,11 @@ import psutil
 import pytest
 
 from nss.errors import BusyError, StageError
-from tasks.pipeline import Pipeline
+from tasks.pipeline import Pipeline, full_disk
 from tasks.workspace import Workspace
+
+# What the fixture's first stage does.
+FIRST = 'touch "$NSS_STAGE_RECEIPT"; cat in.txt > first.txt; echo run >> count.log'
 
 
 def runs(toy: Workspace) -> int:
@@ -184,6 +188,115 @@ def test_a_stage_ends_with_the_process_that_is_told_to_stop(toy: Workspace, comm
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=60)
     assert not shell.is_running()
+
+
+def cached_files(toy: Workspace) -> list[Path]:
+    return [path for path in (toy.root / ".dvc" / "cache" / "files").rglob("*") if path.is_file()]
+
+
+def flip_a_bit(path: Path) -> None:
+    """Damage a file as a failing disk does: size, time and mode stay."""
+    was, content = path.stat(), bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.chmod(0o600)
+    path.write_bytes(content)
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+    path.chmod(was.st_mode & 0o777)
+
+
+FOLDER = "mkdir -p first.txt; cp in.txt first.txt/a; echo other > first.txt/b; echo run >> count.log"
+
+
+@pytest.mark.parametrize(("makes", "damaged"), [(FIRST, "one"), (FOLDER, "one"), (FOLDER, "relpath")])
+def test_an_output_whose_cached_copy_is_damaged_is_computed_again(
+    toy: Workspace, command, makes: str, damaged: str
+) -> None:
+    command(toy.root, makes)
+    pipeline = Pipeline(toy)
+    pipeline.reproduce("first")
+    (path,) = [path for path in cached_files(toy) if damaged in path.read_text()]
+    flip_a_bit(path)
+    out = toy.root / "first.txt"
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    assert pipeline.reproduce("first") in ("executed", "restored")
+    assert (out / "a" if out.is_dir() else out).read_text() == "one\n"
+    assert runs(toy) == 2
+    # The cache is whole again.
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    assert pipeline.reproduce("first") == "restored"
+    assert runs(toy) == 2
+
+
+@pytest.mark.parametrize("damaged", ["content of x", "relpath"])
+def test_data_whose_cached_copy_is_damaged_is_refused_and_not_brought_back(toy: Workspace, damaged: str) -> None:
+    pipeline = Pipeline(toy)
+    toy.data.mkdir()
+    (toy.data / "x").write_text("content of x")
+    pipeline.add_data()
+    (path,) = [path for path in cached_files(toy) if damaged in path.read_text()]
+    flip_a_bit(path)
+    shutil.rmtree(toy.data)
+    with pytest.raises(StageError) as caught:
+        pipeline.restore("data.dvc")
+    assert "data.dvc" in str(caught.value)
+    assert "dvc pull data.dvc" in str(caught.value)
+    assert not toy.data.exists()
+
+
+LIMITED = """
+    import resource
+    from pathlib import Path
+    from nss.errors import StageError
+    from tasks.pipeline import Pipeline
+    from tasks.workspace import Workspace
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+    try:
+        Pipeline(Workspace(Path.cwd())).reproduce("first")
+    except StageError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize(("limit", "says"), [("unlimited", "there is no room left"), ("1024", "exit code")])
+def test_a_full_disk_is_named_and_nothing_half_is_kept(toy: Workspace, command, limit: str, says: str) -> None:
+    """Larger files than the limit do not fit: when the stage may write them, DVC's cache has no room."""
+    command(toy.root, f"bash -c 'ulimit -S -f {limit}; exec head -c 2000000 /dev/zero > first.txt'")
+    code = textwrap.dedent(LIMITED)
+    ended = subprocess.run([sys.executable, "-c", code], cwd=toy.root, capture_output=True, text=True, check=False)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (0, False), ended.stderr
+    assert says in ended.stdout
+    assert all(len(path.read_bytes()) != 2_000_000 for path in cached_files(toy))
+    # With room again it goes on.
+    command(toy.root, 'touch "$NSS_STAGE_RECEIPT"; head -c 2000000 /dev/zero > first.txt')
+    assert Pipeline(toy).reproduce("first") == "executed"
+    (toy.root / "first.txt").unlink()
+    assert Pipeline(toy).reproduce("first") == "restored"
+    assert (toy.root / "first.txt").read_bytes() == bytes(2_000_000)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "artifacts/x"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("(sqlite3.OperationalError) database or disk is full"),
+    ],
+)
+def test_a_full_disk_is_known_however_it_is_told_and_wrapped(error: Exception, tmp_path: Path) -> None:
+    try:
+        try:
+            raise error
+        except Exception as cause:
+            raise ValueError("something failed") from cause
+    except ValueError as wrapped:
+        found = full_disk(wrapped, tmp_path)
+    assert "there is no room left on the disk" in str(found)
+    assert str(getattr(error, "filename", None) or tmp_path) in str(found)
+
+
+def test_another_error_is_no_full_disk(tmp_path: Path) -> None:
+    assert full_disk(OSError(errno.EACCES, "Permission denied"), tmp_path) is None
 
 
 def test_data_that_dvc_knows_is_committed_only_when_it_changed(toy: Workspace) -> None:

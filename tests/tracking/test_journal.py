@@ -12,97 +12,21 @@ from nss.files import write_json
 from nss.slice import SemanticSlice, SemanticSlices
 from tasks import journal
 from tasks.champion import unpin_champion
-from tasks.params import (
-    BaseParams,
-    EvaluateParams,
-    ExtendParams,
-    Params,
-    ProfileParams,
-    ReadaptParams,
-    RestructureParams,
-    SliceParams,
-)
+from tasks.params import STAGES, load_params
 from tasks.pipeline import StageKey
 from tasks.tables import write_csv
 from tasks.tracking import Tracker
 from tasks.workspace import Workspace
 
 KEY = StageKey("a" * 32, "d" * 32, "c" * 32, "p" * 32)
-PARAMS = Params(
-    base=BaseParams(
-        factory="nss.zoo:lenet",
-        arguments={},
-        packages=[],
-        epochs=2,
-        batch_size=8,
-        learning_rate=0.1,
-        weight_decay=0,
-        seed=3,
-    ),
-    profile=ProfileParams(
-        metrics=["taylor"],
-        split="train",
-        samples_per_class=None,
-        batch_size=8,
-        windows=1,
-        device="cpu",
-        bf16=False,
-        shards=1,
-        dask=None,
-    ),
-    slice=SliceParams(
-        metric="taylor",
-        rule="cumulative",
-        threshold=0.9,
-        n_slices=2,
-        distance_threshold=None,
-        linkage="average",
-        layers=None,
-    ),
-    restructure=RestructureParams(
-        when="never",
-        budget="macs",
-        target=0.5,
-        cap=0.9,
-        multiple=1,
-        fine_tune_steps=0,
-        learning_rate=0.1,
-        distil=False,
-        curve=[],
-        seed=0,
-    ),
-    readapt=ReadaptParams(
-        when="always",
-        share=0.2,
-        guard=3,
-        learning_rate=0.01,
-        epochs=2,
-        batch_size=8,
-        replay=0,
-        distil=0,
-        patience=1,
-        seed=0,
-    ),
-    extend=ExtendParams(
-        when="always",
-        replay=0.25,
-        share=0.5,
-        width=0.5,
-        learning_rate=0.1,
-        epochs=2,
-        batch_size=8,
-        weight_decay=0,
-        seed=0,
-    ),
-    evaluate=EvaluateParams(split="test", batch_size=8),
-)
+PARAMS = load_params(Path(__file__).resolve().parents[2] / "params.yaml")
 
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
     """Outputs of all stages, nothing to restructure or follow: three classes, two slices, one layer of four neurons."""
     workspace = Workspace(tmp_path / "workspace")
-    base, profile, cut, restructure, readapt, extend, evaluate = (workspace.out(verb) for verb in Params.model_fields)
+    base, profile, cut, triage, restructure, readapt, extend, evaluate, gate = (workspace.out(verb) for verb in STAGES)
     unpin_champion(workspace)
     write_json(base / "metrics.json", {"loss": 0.1, "val_accuracy": 0.75})
     write_csv(
@@ -112,6 +36,11 @@ def workspace(tmp_path: Path) -> Workspace:
     )
     write_json(base / "model" / "model.json", {})
     write_json(profile / "metrics.json", {"neurons": 4})
+    write_json(triage / "metrics.json", {"restructure": 1, "readapt": 0, "extend": 0})
+    over = {"macs": {"found": 12, "allowed": 10}}
+    write_json(triage / "restructure.json", {"needed": True, "why": "macs 12 (10 allowed)", "evidence": over})
+    for verb in ("readapt", "extend"):
+        write_json(triage / f"{verb}.json", {"needed": False, "why": "no new images", "evidence": {}})
     for folder in (restructure, readapt, extend):
         write_json(folder / "metrics.json", {"done": 0})
     masks = [torch.tensor([True, True, False, False]), torch.tensor([False, True, True, True])]
@@ -135,6 +64,10 @@ def workspace(tmp_path: Path) -> Workspace:
     write_json(evaluate / "metrics.json", {"accuracy": 0.5, "worst_accuracy": 0.0})
     write_csv(evaluate / "per_class.csv", ["class", "accuracy"], [("a", 1.0), ("b", 0.0), ("c", 0.5)])
     write_csv(evaluate / "confusion.csv", ["actual", "predicted"], [("a", "a"), ("b", "c"), ("c", "c"), ("c", "a")])
+    write_csv(evaluate / "differences.csv", ["candidate", "difference", "low", "high", "p_value", "images"], [])
+    write_json(evaluate / "candidates.json", [])
+    write_json(gate / "metrics.json", {"promoted": 0, "candidates": 0})
+    write_json(gate / "gate.json", {"verdict": "HOLD", "promoted": None, "judgements": [], "candidates": {}})
     return workspace
 
 
@@ -149,7 +82,7 @@ def runs(tracker: Tracker) -> list:
 def test_a_stages_run_is_made_up_from_disk_with_parameters_metrics_tags_and_tables(tracker, workspace) -> None:
     run = tracker.client.get_run(fill(tracker, workspace, "base", "cycle-id"))
     assert run.info.status == "FINISHED"
-    assert (run.data.params["seed"], run.data.params["factory"]) == ("3", "nss.zoo:lenet")
+    assert (run.data.params["seed"], run.data.params["factory"]) == ("0", "nss.zoo:vgg_small")
     assert run.data.metrics["val_accuracy"] == 0.75
     expected = {
         "mlflow.parentRunId": "cycle-id",
@@ -168,7 +101,7 @@ def test_a_stages_run_is_made_up_from_disk_with_parameters_metrics_tags_and_tabl
     assert files == {"metrics.json", "history.csv", "training.png"}
 
 
-@pytest.mark.parametrize("verb", list(Params.model_fields))
+@pytest.mark.parametrize("verb", STAGES)
 def test_making_a_run_up_twice_makes_one(tracker, workspace, verb: str) -> None:
     first = fill(tracker, workspace, verb)
     count = len(runs(tracker))
@@ -232,7 +165,7 @@ def test_following_is_logged_over_steps_from_the_original_on(tracker, followed) 
     for name, values in (("epoch_new", [0.25, 0.5, 0.5]), ("epoch_old", [0.75, 0.625, 0.5])):
         points = tracker.client.get_metric_history(run.info.run_id, name)
         assert [(each.step, each.value) for each in points] == list(enumerate(values))
-    assert (run.data.metrics["moved_share"], run.data.params["guard"]) == (0.1, "3.0")
+    assert (run.data.metrics["moved_share"], run.data.params["guard"]) == (0.1, "1.0")
     assert "new_accuracy" not in run.data.metrics
 
 
@@ -292,7 +225,7 @@ def test_learning_is_logged_over_steps(tracker, grown) -> None:
     for name, values in (("epoch_loss", [0.75, 0.5]), ("epoch_new", [0.25, 0.5])):
         points = tracker.client.get_metric_history(run.info.run_id, name)
         assert [(each.step, each.value) for each in points] == list(enumerate(values, 1))
-    assert (run.data.metrics["new_accuracy"], run.data.params["replay"]) == (0.5, "0.25")
+    assert (run.data.metrics["new_accuracy"], run.data.params["replay"]) == (0.5, "0.0")
     assert "old_accuracy" not in run.data.metrics
 
 
@@ -301,9 +234,9 @@ def test_learning_has_what_was_forgotten_by_class_and_the_room_by_layer(tracker,
     assert {name: value for name, value in run.data.metrics.items() if "/" in name} == {
         "class_change/a": -0.25,
         "class_change/b": 0.125,
-        "class/a": 0.75,
-        "class/b": 0.625,
-        "class/d": 0.5,
+        "val_class/a": 0.75,
+        "val_class/b": 0.625,
+        "val_class/d": 0.5,
         "used/conv": 3,
         "used/head": 10,
         "free/conv": 1,
@@ -341,6 +274,29 @@ def test_a_stage_that_had_nothing_to_do_has_no_model_and_no_pictures(tracker, wo
     assert {file.path for file in tracker.client.list_artifacts(run.info.run_id)} == {"metrics.json"}
 
 
+@pytest.mark.parametrize("verb", ["restructure", "readapt", "extend"])
+def test_what_a_stage_measured_on_other_images_than_the_gate_has_another_name(tracker, workspace, verb: str) -> None:
+    write_json(workspace.out(verb) / "metrics.json", {"done": 0, "accuracy": 0.5, "images": 40, "macs": 7})
+    metrics = tracker.client.get_run(fill(tracker, workspace, verb)).data.metrics
+    assert metrics == {"done": 0, "val_accuracy": 0.5, "train_images": 40, "macs": 7}
+
+
+def test_runs_are_described_in_words(tracker, workspace) -> None:
+    write_json(workspace.out("extend") / "result.json", {"done": False, "why": "no new classes"})
+    notes = {
+        verb: tracker.client.get_run(fill(tracker, workspace, verb)).data.tags["mlflow.note.content"].split("\n\n")
+        for verb in STAGES
+    }
+    assert notes["extend"] == ["The model extended by new classes.", "Nothing to do: no new classes"]
+    assert notes["triage"][1:] == [
+        "restructure: macs 12 (10 allowed)",
+        "readapt: not needed: no new images",
+        "extend: not needed: no new images",
+    ]
+    assert notes["gate"][1:] == ["**HOLD**: no candidate is promoted"]
+    assert len({lines[0] for lines in notes.values()}) == len(STAGES)
+
+
 def test_the_run_of_a_pinned_base_model_names_the_champion(tracker, workspace) -> None:
     write_json(workspace.pin, {"name": "digits", "version": 3, "model": "m", "batches": ["b"]})
     run = tracker.client.get_run(fill(tracker, workspace, "base"))
@@ -352,3 +308,82 @@ def test_confusion_and_class_accuracies_of_the_evaluation_are_logged(tracker, wo
     assert {name: run.data.metrics[f"class/{name}"] for name in "abc"} == {"a": 1, "b": 0, "c": 0.5}
     files = {file.path for file in tracker.client.list_artifacts(run.info.run_id)}
     assert {"confusion.png", "class_accuracy.png", "per_class.csv"} <= files
+    assert "differences.png" not in files
+
+
+def test_candidates_are_drawn_against_the_champion(tracker, workspace) -> None:
+    header = ["candidate", "difference", "low", "high", "p_value", "images"]
+    rows = [("readapt, known images", -0.01, -0.03, 0.01, 0.5, 100), ("readapt, new images", 0.3, 0.2, 0.4, 1e-9, 50)]
+    write_csv(workspace.out("evaluate") / "differences.csv", header, rows)
+    run_id = fill(tracker, workspace, "evaluate")
+    assert "differences.png" in {file.path for file in tracker.client.list_artifacts(run_id)}
+
+
+def test_triage_is_logged_with_what_is_needed_and_every_number_that_says_so(tracker, workspace) -> None:
+    drift = {"found": True, "effect": 0.25, "p_value": 0.001}
+    evidence = {"new_images": 40, "drift": drift, "accuracy": {"drop": None, "found_lower": False}}
+    finding = {"needed": True, "why": "features of the new images have drifted", "evidence": evidence}
+    write_json(workspace.out("triage") / "readapt.json", finding)
+    run = tracker.client.get_run(fill(tracker, workspace, "triage"))
+    assert run.data.tags["nss.needed"] == "readapt, restructure"
+    assert run.data.metrics == {
+        "restructure": 1,
+        "readapt": 0,
+        "extend": 0,
+        "restructure/macs/found": 12,
+        "restructure/macs/allowed": 10,
+        "readapt/new_images": 40,
+        "readapt/drift/found": 1,
+        "readapt/drift/effect": 0.25,
+        "readapt/drift/p_value": 0.001,
+        "readapt/accuracy/found_lower": 0,
+    }
+    settings = {name: run.data.params[name] for name in ("alpha", "budgets.macs", "budgets.bytes")}
+    assert settings == {"alpha": "0.05", "budgets.macs": "1500000.0", "budgets.bytes": "None"}
+    files = {file.path for file in tracker.client.list_artifacts(run.info.run_id)}
+    assert {"restructure.json", "readapt.json", "extend.json"} <= files
+
+
+def test_that_nothing_is_needed_is_said(tracker, workspace) -> None:
+    finding = {"needed": False, "why": "within its budgets", "evidence": {}}
+    write_json(workspace.out("triage") / "restructure.json", finding)
+    assert tracker.client.get_run(fill(tracker, workspace, "triage")).data.tags["nss.needed"] == "nothing"
+
+
+def test_the_gate_is_logged_with_verdicts_figures_and_reasons_in_words(tracker, workspace) -> None:
+    reasons = [
+        {"check": "accuracy", "verdict": "PROMOTE", "text": "accuracy 0.900 (0.5 asked for)"},
+        {"check": "size", "verdict": "REJECT", "text": "macs 100 -> 99 (a saving of 0.05 asked for)"},
+    ]
+    decision = {
+        "verdict": "PROMOTE",
+        "promoted": "base",
+        "judgements": [
+            {"verb": "restructure", "verdict": "REJECT", "reasons": reasons},
+            {"verb": "base", "verdict": "PROMOTE", "reasons": reasons[:1]},
+        ],
+        "candidates": {
+            "restructure": {"model": "m2", "parent": "m1", "batches": ["b"], "figures": {"accuracy": 0.9}},
+            "base": {"model": "m1", "parent": None, "batches": ["b"], "figures": {"accuracy": 0.95, "macs": 100}},
+        },
+    }
+    write_json(workspace.out("gate") / "gate.json", decision)
+    judged = [{"verb": verb, "per_class": None, "champion_size": {}} for verb in ("restructure", "base")]
+    write_json(workspace.out("evaluate") / "candidates.json", judged)
+    run = tracker.client.get_run(fill(tracker, workspace, "gate"))
+    assert {name: value for name, value in run.data.tags.items() if "verdict" in name or "promoted" in name} == {
+        "nss.verdict": "PROMOTE",
+        "nss.promoted": "base",
+        "nss.verdict.restructure": "REJECT",
+        "nss.verdict.base": "PROMOTE",
+    }
+    figures = {name: value for name, value in run.data.metrics.items() if "/" in name}
+    assert figures == {"restructure/accuracy": 0.9, "base/accuracy": 0.95, "base/macs": 100}
+    assert tracker.client.list_artifacts(run.info.run_id, "reasons.md") == []
+    folder = tracker.client.download_artifacts(run.info.run_id, "reasons.md")
+    assert "- REJECT, size: macs 100 -> 99" in Path(folder).read_text(encoding="utf-8")
+
+
+def test_without_a_promotion_the_gates_run_says_nothing_was(tracker, workspace) -> None:
+    tags = tracker.client.get_run(fill(tracker, workspace, "gate")).data.tags
+    assert (tags["nss.verdict"], tags["nss.promoted"]) == ("HOLD", "nothing")

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
 
-from tasks.tracking import Tracker, create_database, tracking_uri
+from tasks.tracking import Tracker, create_database, require_answer, tracking_uri
 from tasks.workspace import Workspace
 
 
@@ -155,3 +158,52 @@ def test_the_store_lies_in_the_workspace_or_where_the_user_says(
     assert tracking_uri(workspace) == f"sqlite:///{tmp_path}/main/mlflow/tracking.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     assert tracking_uri(workspace) == "http://mlflow:5000"
+
+
+def test_runs_that_have_not_ended_are_found(tracker: Tracker) -> None:
+    runs = {name: tracker.open(name, {"stage_key": name}, {}) for name in ("one", "two", "ended")}
+    tracker.end(runs["ended"].info.run_id, "KILLED")
+    assert {run.info.run_name for run in tracker.running()} == {"one", "two"}
+
+
+@pytest.fixture
+def silent() -> Iterator[int]:
+    """The port of a server that takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_a_server_that_does_not_answer_is_given_up_soon(
+    silent: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.tracking._PATIENCE_S", 1)
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match=f"no answer from http://127.0.0.1:{silent} within 1 second"):
+        Tracker(f"http://127.0.0.1:{silent}", tmp_path)
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "postgresql", "postgresql+psycopg", "mysql+pymysql"])
+def test_where_nobody_listens_it_is_said_at_once_and_without_the_password(tmp_path: Path, scheme: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(ConnectionError) as caught:
+        Tracker(f"{scheme}://me:secret@127.0.0.1:9/x", tmp_path)
+    assert time.monotonic() - start < 5
+    assert str(caught.value).startswith(f"no answer from {scheme}://127.0.0.1:9 within")
+
+
+@pytest.mark.parametrize("uri", ["sqlite:////tmp/x.db", "databricks", "databricks://profile", "file:///tmp/x"])
+def test_stores_without_a_server_are_not_asked(uri: str) -> None:
+    require_answer(uri)
+
+
+def test_the_users_own_limits_for_requests_win(silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.tracking._PATIENCE_S", 0.2)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
+    with pytest.raises(ConnectionError):
+        require_answer(f"http://127.0.0.1:{silent}")
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
+    # MLflow's own seven tries would take minutes.
+    assert int(os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]) <= 2

@@ -1,0 +1,195 @@
+"""The deployment of the flow `maintain` on a Prefect server: what runs, which run covers a data version, new runs.
+
+A run covers a data version when it started after that version was committed: it sees it, or a later one. So it does not
+matter who made the run: the clock, an event, a person, or the poll.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from itertools import count
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, FlowRunFilter
+from prefect.client.schemas.filters import FlowRunFilterExpectedStartTime as StartFilter
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, StateType
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.events.schemas.events import Event
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL
+from prefect.states import Crashed
+
+from nss.errors import NssError
+
+FLOW = "maintain"
+EVENT = "nss.data.arrived"
+WANTED, MADE = "wanted", "made"
+"""What an event says of the run: that one is wanted, which the deployment's trigger then makes; or that it was made."""
+TRIES = 3
+"""How often a run for one data version may crash; one that was cancelled with the service is made again each time."""
+
+_GOING = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
+# What Prefect's runner says of the runs that it takes along when it is stopped.
+_SHUT_DOWN = "Runner is shutting down"
+_RUNS_READ = 100
+# A run that is to start so soon is as good as going.
+_SOON = timedelta(seconds=30)
+
+
+class Cover(StrEnum):
+    """How a data version stands with the runs of the deployment."""
+
+    DONE = "done"
+    """a run saw it, or is seeing it"""
+    WAIT = "wait"
+    """something else runs, or is about to"""
+    WANTED = "wanted"
+    """a run is to be made"""
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of data/. committed: when data.dvc came to name it."""
+
+    md5: str
+    committed: datetime
+
+
+def resource(name: str) -> str:
+    """Return what events about the data of the deployment `name` are about."""
+    return f"nss.data.{name}"
+
+
+def has_server() -> bool:
+    """Say whether PREFECT_API_URL, or the Prefect profile, names a server."""
+    return bool(PREFECT_API_URL.value())
+
+
+def require_server(who: str) -> None:
+    """Raise NssError when no Prefect server is named. who: the command that needs it."""
+    if not has_server():
+        raise NssError(
+            f"{who} needs a Prefect server",
+            where="PREFECT_API_URL",
+            fix="start one with `prefect server start` and set PREFECT_API_URL=http://127.0.0.1:4200/api; "
+            "`nss watch` works without one",
+        )
+
+
+def is_going(run: FlowRun) -> bool:
+    """Say whether the run has begun and not ended."""
+    return run.state_type in _GOING
+
+
+def cover(version: Version, runs: Sequence[FlowRun]) -> Cover:
+    """Say whether a run covers the version. Runs that crashed, or were shut down with the service, do not."""
+    if any(_saw(run, version) for run in runs):
+        return Cover.DONE
+    if any(is_going(run) or run.state_type is StateType.SCHEDULED for run in runs):
+        return Cover.WAIT
+    return Cover.WANTED
+
+
+def _saw(run: FlowRun, version: Version) -> bool:
+    if run.start_time is None or run.start_time < version.committed:
+        return False
+    return not (run.state_type is StateType.CRASHED or _SHUT_DOWN in ((run.state and run.state.message) or ""))
+
+
+class Deployment:
+    """The deployment `maintain/NAME`.
+
+    >>> Deployment("digits").runs()  # doctest: +SKIP
+    [FlowRun(...)]
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find(self) -> DeploymentResponse | None:
+        """Return what the server knows of it, None when it does not know it. Raises NssError without an answer."""
+        with _client() as client:
+            return _read(client, self.name)
+
+    def runs(self) -> list[FlowRun]:
+        """Return its newest runs, without those that are to start later. Raises NssError when it does not exist."""
+        with _client() as client:
+            return _runs(client, self._required(client))
+
+    def make_run(self, version: Version) -> FlowRun | None:
+        """Make the run for a data version, once; None when it crashed so often that a person has to look."""
+        crashes = 0
+        with _client() as client:
+            deployment = self._required(client)
+            for number in count():
+                # Keys count for all deployments of the flow, and two of them may hold the same data.
+                key = f"{self.name}:{version.md5}:{number}"
+                run = client.create_flow_run_from_deployment(deployment.id, idempotency_key=key)
+                if run.state_type not in TERMINAL_STATES or _saw(run, version):
+                    return run
+                crashes += run.state_type is StateType.CRASHED
+                if crashes == TRIES:
+                    break
+        return None
+
+    def sweep(self) -> list[str]:
+        """Mark all runs that have begun as crashed and return their ids: whoever ran them is dead."""
+        with _client() as client:
+            going = [run for run in _runs(client, self._required(client)) if is_going(run)]
+            for run in going:
+                state = Crashed(message="the process was gone when the service started")
+                client.set_flow_run_state(run.id, state, force=True)
+            return [str(run.id) for run in going]
+
+    def emit(self, version: Version, run: str) -> None:
+        """Tell the server that data has arrived. run: WANTED or MADE. Raises NssError when it does not take it."""
+        about = {"prefect.resource.id": resource(self.name), "nss.run": run}
+        event = Event(event=EVENT, resource=about, payload={"data_md5": version.md5}, occurred=datetime.now(UTC))
+        with _client() as client:
+            client.request("POST", "/events", json=[event.model_dump(mode="json")])
+
+    def _required(self, client: SyncPrefectClient) -> DeploymentResponse:
+        found = _read(client, self.name)
+        if found is None:
+            raise NssError(
+                f"the Prefect server knows no deployment {FLOW}/{self.name}",
+                where=str(PREFECT_API_URL.value()),
+                fix="start `nss serve` for this workspace, or `prefect deploy` it, or name another with --name",
+            )
+        return found
+
+
+@contextmanager
+def _client() -> Iterator[SyncPrefectClient]:
+    try:
+        with get_client(sync_client=True) as client:
+            yield client
+    except (httpx.HTTPError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise NssError(
+            f"no answer from the Prefect server ({reason})",
+            where=str(PREFECT_API_URL.value()),
+            fix="start it with `prefect server start`, or unset PREFECT_API_URL",
+        ) from error
+
+
+def _read(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:
+    try:
+        return client.read_deployment_by_name(f"{FLOW}/{name}")
+    except ObjectNotFound:
+        return None
+
+
+def _runs(client: SyncPrefectClient, deployment: DeploymentResponse) -> list[FlowRun]:
+    return client.read_flow_runs(
+        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id])),
+        flow_run_filter=FlowRunFilter(expected_start_time=StartFilter(before_=datetime.now(UTC) + _SOON)),
+        sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+        limit=_RUNS_READ,
+    )

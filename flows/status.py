@@ -1,0 +1,126 @@
+"""`nss status`: where a workspace stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flows.deployment import Deployment, has_server, is_going
+from nss.errors import NssError
+from nss.files import read_json
+from tasks.champion import read_champion
+from tasks.inbox import Inbox
+from tasks.lock import is_held
+from tasks.provenance import data_md5
+from tasks.tracking import open_tracker
+from tasks.workspace import Workspace
+
+
+def status(workspace: Workspace, inbox: Path, name: str) -> dict[str, Any]:
+    """Return champion, version of data/, last cycle, verdict, entries of the inbox and what is running.
+
+    name: of the deployment. What cannot be told is None: no champion, no cycle yet, no server.
+    """
+    champion = read_champion(workspace)
+    return {
+        "champion": champion and {"name": champion.name, "version": champion.version, "model": champion.model},
+        "data_md5": data_md5(workspace),
+        "last_cycle": _last_cycle(workspace),
+        "verdict": _verdict(workspace),
+        "inbox": {"folder": str(inbox), "pending": list(Inbox(inbox).pending())},
+        "is_working": is_held(workspace),
+        "server": _server(name) if has_server() else None,
+    }
+
+
+def _last_cycle(workspace: Workspace) -> dict[str, Any] | None:
+    """Return the newest cycle in the tracking store; None when there is none, or the store does not answer."""
+    try:
+        run = open_tracker(workspace).find(kind="cycle")
+    except Exception:
+        return None
+    if run is None:
+        return None
+    head, tail = "nss.stage.", ".outcome"
+    outcomes = {
+        key.removeprefix(head).removesuffix(tail): value
+        for key, value in run.data.tags.items()
+        if key.startswith(head) and key.endswith(tail)
+    }
+    return {
+        "run_id": run.info.run_id,
+        "status": run.info.status,
+        "started": run.info.start_time,
+        "ended": run.info.end_time,
+        "data_md5": run.data.tags.get("nss.data_md5", ""),
+        "outcomes": outcomes,
+    }
+
+
+def _verdict(workspace: Workspace) -> dict[str, Any] | None:
+    path = workspace.out("gate") / "gate.json"
+    if not path.is_file():
+        return None
+    decision = read_json(path)
+    return {"verdict": decision["verdict"], "promoted": decision["promoted"]}
+
+
+def _server(name: str) -> dict[str, Any]:
+    """Return what the Prefect server knows of the deployment, or the error that kept it from answering."""
+    deployment = Deployment(name)
+    try:
+        found = deployment.find()
+        runs = deployment.runs() if found else []
+    except NssError as error:
+        return {"error": error.what}
+    going = next((run for run in runs if is_going(run)), None)
+    return {
+        "deployment": found and found.name,
+        "schedules": [_schedule(each) for each in found.schedules if each.active] if found else [],
+        "running": going and {"name": going.name, "id": str(going.id), "state": going.state_name},
+    }
+
+
+def _schedule(each: Any) -> str:
+    cron = getattr(each.schedule, "cron", "")
+    return f"{cron} {each.schedule.timezone}" if cron else str(each.schedule)
+
+
+def text(content: dict[str, Any]) -> str:
+    """Return it as lines."""
+    champion, cycle, verdict = content["champion"], content["last_cycle"], content["verdict"]
+    pending = content["inbox"]["pending"]
+    lines = [
+        f"champion    {champion['name']} version {champion['version']}" if champion else "champion    none is pinned",
+        f"data        {content['data_md5']}",
+        f"last cycle  {_cycle_words(cycle, content['data_md5'])}" if cycle else "last cycle  none",
+        f"verdict     {_verdict_words(verdict)}" if verdict else "verdict     none yet",
+        f"inbox       {len(pending)} waiting{': ' if pending else ''}{', '.join(pending)}",
+        f"at work     {'a cycle or an arrival' if content['is_working'] else 'nobody'}",
+    ]
+    return "\n".join([*lines, *_server_lines(content["server"])])
+
+
+def _cycle_words(cycle: dict[str, Any], md5: str) -> str:
+    counts: dict[str, int] = {}
+    for outcome in cycle["outcomes"].values():
+        counts[outcome] = counts.get(outcome, 0) + 1
+    stages = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    what = "of this data" if cycle["data_md5"] == md5 else f"of data {cycle['data_md5']}"
+    return f"{cycle['status']}, {what}{f' ({stages})' if stages else ''}, MLflow run {cycle['run_id']}"
+
+
+def _verdict_words(verdict: dict[str, Any]) -> str:
+    return verdict["verdict"] + (f" of {verdict['promoted']}" if verdict["promoted"] else "")
+
+
+def _server_lines(server: dict[str, Any] | None) -> list[str]:
+    if server is None:
+        return ["Prefect     no server is named"]
+    if "error" in server:
+        return [f"Prefect     {server['error']}"]
+    if not server["deployment"]:
+        return ["Prefect     the deployment is not known there"]
+    running = server["running"]
+    lines = [f"Prefect     {running['name']}, {running['state']}" if running else "Prefect     nothing runs"]
+    return [*lines, *(f"schedule    {each}" for each in server["schedules"])]

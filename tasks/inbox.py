@@ -1,0 +1,162 @@
+"""The inbox: what is dropped into a folder and has settled becomes a batch of data/, or is put aside with its problems.
+
+Whatever step a kill hits, the next `take` completes it: a batch is named by its content, so adding it again does no
+harm, and an entry leaves the inbox last.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from nss.errors import DataError
+from nss.ingest import Added
+from tasks.data import add_all
+from tasks.provenance import data_md5
+from tasks.workspace import Workspace
+
+DONE, REJECTED = ".done", ".rejected"
+# How many times the settling time something settled waits for others that are still being copied.
+_PATIENCE = 10
+
+Print = tuple[tuple[str, int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """An entry that was taken: its batch, and whether that was in the data set before."""
+
+    name: str
+    digest: str
+    images: int
+    already_present: bool
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An entry that was put aside. `place` is where it lies now; a list of its problems lies beside it."""
+
+    name: str
+    problems: tuple[str, ...]
+    place: str
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What became of the entries that were taken, and the version of data/ after it."""
+
+    arrived: tuple[Arrived, ...]
+    refused: tuple[Refused, ...]
+    data_md5: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, ready for JSON."""
+        return asdict(self)
+
+
+class Inbox:
+    """A folder whose entries, folders of class folders or .npz files, are sources. Hidden entries are left alone.
+
+    settle: seconds for which no name, size or time below an entry may have changed.
+
+    >>> Inbox(Path("inbox")).pending()  # doctest: +SKIP
+    ('monday.npz', 'tuesday')
+    """
+
+    def __init__(self, folder: Path, settle: float = 5, clock: Callable[[], float] = time.monotonic) -> None:
+        self.folder, self.settle, self._clock = folder, settle, clock
+        self._seen: dict[str, tuple[Print, float]] = {}
+
+    def pending(self) -> tuple[str, ...]:
+        """Names of the entries that have not been taken."""
+        return tuple(entry.name for entry in _entries(self.folder))
+
+    def settled(self) -> tuple[Path, ...]:
+        """Look, and return what has not changed over all looks of the last `settle` seconds.
+
+        While something else is still being copied nothing is returned, so that what arrives together is taken
+        together; but at most ten times as long.
+        """
+        now = self._clock()
+        prints = {entry.name: _print(entry) for entry in _entries(self.folder)}
+        self._seen = {name: (found, self._since(name, found, now)) for name, found in prints.items()}
+        # A folder without a file is one whose files are still to come.
+        ages = {name: now - since for name, (found, since) in self._seen.items() if found}
+        ready = [name for name, age in ages.items() if age >= self.settle]
+        is_quiet = len(ready) == len(ages)
+        has_waited = max((ages[name] for name in ready), default=0) >= _PATIENCE * self.settle
+        return tuple(self.folder / name for name in ready) if is_quiet or has_waited else ()
+
+    def _since(self, name: str, found: Print, now: float) -> float:
+        before = self._seen.get(name)
+        return before[1] if before and before[0] == found else now
+
+
+def take(
+    workspace: Workspace,
+    entries: Sequence[Path],
+    *,
+    new_classes: bool = False,
+    resize: tuple[int, int] | None = None,
+) -> Taken:
+    """Add entries of an inbox to data/ as one version, then move each to .done/ or, with its problems, .rejected/.
+
+    Raises BusyError while a cycle runs, and DataError when data/ itself cannot be used; then every entry stays.
+    """
+    arrived, refused = [], []
+    for entry, done in zip(entries, add_all(workspace, entries, new_classes=new_classes, resize=resize), strict=True):
+        if isinstance(done, Added):
+            _move(entry, entry.parent / DONE, f"{datetime.now():%Y%m%d-%H%M%S}-{entry.name}")
+            arrived.append(Arrived(entry.name, done.digest, done.images, done.already_present))
+        else:
+            refused.append(_refuse(entry, done))
+    return Taken(tuple(arrived), tuple(refused), data_md5(workspace))
+
+
+def _refuse(entry: Path, error: DataError) -> Refused:
+    place = _move(entry, entry.parent / REJECTED, entry.name)
+    problems = error.problems or (error.what,)
+    text = "\n".join([*problems, *([f"fix: {error.fix}"] if not error.problems and error.fix else [])])
+    place.with_name(f"{place.name}.problems.txt").write_text(f"{text}\n", encoding="utf-8")
+    return Refused(entry.name, problems, str(place))
+
+
+def _move(entry: Path, folder: Path, name: str) -> Path:
+    """Rename the entry into the folder, under a further name when that one is taken."""
+    try:
+        folder.mkdir(exist_ok=True)
+        place, number = folder / name, 2
+        while place.exists():
+            place, number = folder / f"{name}-{number}", number + 1
+        return entry.rename(place)
+    except OSError as problem:
+        raise DataError(
+            f"the inbox cannot be written ({problem.strerror})",
+            where=str(entry.parent),
+            fix="let nss move entries within it; until then they are found again, and not added twice",
+        ) from None
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        yield from sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def _print(entry: Path) -> Print:
+    """Return name, size and both times of every file: a copy that keeps the old time of change still changes ctime."""
+    files = [entry] if not entry.is_dir() else [Path(top, name) for top, _, names in os.walk(entry) for name in names]
+    return tuple(row for path in sorted(files) for row in _row(path, entry))
+
+
+def _row(path: Path, entry: Path) -> Iterator[tuple[str, int, int, int]]:
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        # It went away between listing and looking: the next look differs from this one.
+        return
+    yield str(path.relative_to(entry)), found.st_size, found.st_mtime_ns, found.st_ctime_ns

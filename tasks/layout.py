@@ -1,0 +1,215 @@
+"""A workspace in a repository of the user's own: what `nss init` lays out, and which code its stages depend on.
+
+In nss's own repository a stage lists the files that it runs. In another one they lie wherever Python keeps packages, so
+a committed file, nss-code.yaml, holds one digest of them for each stage instead: an upgrade of nss that changes what a
+stage runs is a change of that file, and the stage is run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dvc.repo import Repo
+from ruamel.yaml import YAML
+
+from nss.errors import StageError
+from nss.files import replacing, write_json
+from tasks.workspace import Workspace
+
+CODE = "nss-code.yaml"
+_HEADER = """\
+# Laid out by `nss init`; yours to change. params.yaml holds the settings of each stage. nss-code.yaml says which code
+# of nss each stage runs; `nss run` brings it up to date when another version of nss is installed.
+"""
+_CODE_HEADER = "# A digest of the code of nss that each stage runs. Commit it; `nss run` keeps it up to date.\n"
+_IGNORED = (
+    "__pycache__/",
+    "/data",
+    "/champion",
+    "/.data.lock",
+    "/artifacts/",
+    "/inbox/",
+    "/dvc_plots/",
+    "/report/",
+    "mlflow/tracking.db*",
+    "mlflow/.lock",
+    "mlflow/artifacts/",
+    "mlflow/ledger.jsonl*",
+)
+# What suits the digits of nss's own repository only.
+_BUDGETS = tuple(f"triage.budgets.{name}" for name in ("parameters", "macs", "bytes", "latency_ms"))
+# Of a line of params.yaml: none is broken.
+_WIDE = 4096
+_DVC_CONFIG = "[core]\n    analytics = false\n    autostage = false\n"
+_DVC_IGNORED = ("__pycache__", "*.pyc")
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """What `lay_out` made. files: those written or added to, by their paths within the workspace."""
+
+    workspace: Workspace
+    files: tuple[str, ...]
+    is_new_repository: bool
+    """whether git had to be told to version this folder"""
+
+
+def lay_out(root: Path, name: str) -> LaidOut:
+    """Make `root` a workspace: stages, settings, an empty pin, an inbox, and what git and DVC are to leave alone.
+
+    name: of the model in the registry. A file .gitignore or .dvcignore that is there gets the lines that it lacks.
+    Raises StageError, with nothing changed, when `root` is a workspace already or git is not installed.
+
+    >>> lay_out(Path("cats"), "cats").files  # doctest: +SKIP
+    ('.dvc/config', '.dvcignore', '.gitignore', 'champion.json', 'dvc.yaml', 'nss-code.yaml', 'params.yaml')
+    """
+    there = [each for each in ("dvc.yaml", "params.yaml", "champion.json", CODE) if (root / each).exists()]
+    if there:
+        raise StageError(
+            f"the folder holds {', '.join(there)} already",
+            where=str(root),
+            fix="choose another folder, or move them away: nothing is overwritten",
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    is_new = _version(root)
+    template = _template()
+    _write(root / "params.yaml", (template / "params.yaml").read_text(encoding="utf-8"))
+    set_params(root / "params.yaml", {**dict.fromkeys(_BUDGETS), "register.name": name})
+    _write(root / CODE, _CODE_HEADER + _yaml(code_digests()))
+    _add_lines(root / ".gitignore", _IGNORED)
+    _add_lines(root / ".dvcignore", _DVC_IGNORED)
+    (root / "inbox").mkdir(exist_ok=True)
+    write_json(root / "champion.json", {"version": None})
+    # Last: it is what makes the folder a workspace.
+    _write(root / "dvc.yaml", _HEADER + _yaml(_stages(template / "dvc.yaml")))
+    files = (".dvc/config", ".dvcignore", ".gitignore", "champion.json", "dvc.yaml", CODE, "params.yaml")
+    return LaidOut(Workspace(root), files, is_new)
+
+
+def set_params(path: Path, settings: Mapping[str, Any]) -> None:
+    """Change settings in a params.yaml, {"group.key": value}, and leave its comments.
+
+    Raises StageError, with nothing changed, for a key that it does not have.
+
+    >>> set_params(Path("params.yaml"), {"base.epochs": 3})  # doctest: +SKIP
+    """
+    yaml, out = YAML(), io.StringIO()
+    yaml.width = _WIDE
+    yaml.representer.add_representer(type(None), lambda own, _: own.represent_scalar("tag:yaml.org,2002:null", "null"))
+    content = yaml.load(path.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        *groups, key = name.split(".")
+        group = content
+        for each in groups:
+            group = group.get(each, {}) if isinstance(group, Mapping) else group
+        if not isinstance(group, Mapping) or key not in group:
+            raise StageError(f"there is no setting {name}", where=str(path))
+        group[key] = value
+    yaml.dump(content, out)
+    _write(path, out.getvalue())
+
+
+def code_digests() -> dict[str, str]:
+    """Return a digest of the installed files of nss that each stage runs."""
+    package = Path(__file__).resolve().parents[1]
+    return {
+        verb: hashlib.blake2b(b"\0".join((package / path).read_bytes() for path in paths), digest_size=16).hexdigest()
+        for verb, paths in _code(_template() / "dvc.yaml").items()
+    }
+
+
+def refresh_code(workspace: Workspace) -> tuple[str, ...]:
+    """Bring nss-code.yaml up to date with the installed nss. Returns the stages whose code is another one now.
+
+    Nothing happens where the stages list their files themselves, as in nss's own repository.
+    """
+    path = workspace.root / CODE
+    if not path.is_file():
+        return ()
+    recorded = YAML(typ="safe").load(path.read_text(encoding="utf-8")) or {}
+    current = code_digests()
+    changed = tuple(verb for verb, digest in current.items() if recorded.get(verb) != digest)
+    if changed:
+        _write(path, _CODE_HEADER + _yaml(current))
+    return changed
+
+
+def _template() -> Path:
+    """Return the folder that holds dvc.yaml and params.yaml: in an installed package beside this file."""
+    packed = Path(__file__).resolve().parent / "template"
+    return packed if packed.is_dir() else Path(__file__).resolve().parents[1]
+
+
+def _code(dvc_yaml: Path) -> dict[str, list[str]]:
+    stages = YAML(typ="safe").load(dvc_yaml.read_text(encoding="utf-8"))["stages"]
+    return {verb: [dep for dep in stage["deps"] if _is_code(dep)] for verb, stage in stages.items()}
+
+
+def _is_code(dep: str) -> bool:
+    return dep.startswith(("nss/", "tasks/"))
+
+
+def _stages(dvc_yaml: Path) -> dict[str, Any]:
+    content: dict[str, Any] = YAML(typ="safe").load(dvc_yaml.read_text(encoding="utf-8"))
+    for verb, stage in content["stages"].items():
+        stage["deps"] = [dep for dep in stage["deps"] if not _is_code(dep)]
+        stage["params"] = [*stage.get("params", []), {CODE: [verb]}]
+    return content
+
+
+def _version(root: Path) -> bool:
+    """Have git and DVC version the folder. Returns whether git did not yet."""
+    is_new = not _is_versioned(root)
+    if is_new:
+        _git(root, "init", "--quiet")
+    if not (root / ".dvc").is_dir():
+        top = Path(_git(root, "rev-parse", "--show-toplevel").strip()).resolve()
+        Repo.init(str(root), subdir=top != root.resolve()).close()
+        _write(root / ".dvc" / "config", _DVC_CONFIG)
+    return is_new
+
+
+def _is_versioned(root: Path) -> bool:
+    """Say whether the folder lies in a repository that does not ignore it: DVC refuses one that does."""
+    inside = _run_git(root, "rev-parse", "--is-inside-work-tree").returncode == 0
+    return inside and _run_git(root, "check-ignore", "--quiet", ".").returncode != 0
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = _run_git(root, *arguments)
+    if done.returncode:
+        raise StageError(f"git {arguments[0]}: {done.stderr.strip()}", where=str(root), fix="see `git status` there")
+    return done.stdout
+
+
+def _run_git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise StageError("git is not installed", where=str(root), fix="install git") from None
+
+
+def _add_lines(path: Path, lines: tuple[str, ...]) -> None:
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    missing = [line for line in lines if line not in text.splitlines()]
+    if missing:
+        start = f"{text.rstrip()}\n" if text.strip() else ""
+        _write(path, start + "".join(f"{line}\n" for line in missing))
+
+
+def _yaml(content: Any) -> str:
+    yaml, out = YAML(), io.StringIO()
+    yaml.default_flow_style = False
+    yaml.dump(content, out)
+    return out.getvalue()
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")

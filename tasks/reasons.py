@@ -1,0 +1,42 @@
+"""Findings of triage and decisions of the gate in words, from what these stages wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nss.files import read_json
+from tasks.workspace import Workspace
+
+_VERBS = ("restructure", "readapt", "extend")
+
+
+def triage_words(workspace: Workspace) -> dict[str, str]:
+    """Return {maintenance: why it is needed, or why not}.
+
+    >>> triage_words(workspace)["extend"]  # doctest: +SKIP
+    'not needed: no new images'
+    """
+    findings = {verb: read_json(workspace.out("triage") / f"{verb}.json") for verb in _VERBS}
+    return {verb: ("" if each["needed"] else "not needed: ") + each["why"] for verb, each in findings.items()}
+
+
+def verdict_words(judgement: Mapping[str, Any]) -> str:
+    """Return what decided about a candidate: where it falls short, or what it is good for.
+
+    >>> verdict_words({"reasons": [{"check": "benefit", "verdict": "PROMOTE", "text": "smaller"}]})
+    'smaller'
+    """
+    short = [each["text"] for each in judgement["reasons"] if each["verdict"] != "PROMOTE"]
+    good = [each["text"] for each in judgement["reasons"] if each["check"] == "benefit"]
+    # A base model without a champion has no benefit to show: it meets the floors.
+    return "; ".join(short or good or [each["text"] for each in judgement["reasons"]])
+
+
+def all_reasons(decision: Mapping[str, Any]) -> str:
+    """Return every check of every candidate as Markdown."""
+    lines = [f"# {decision['verdict']}: {decision['promoted'] or 'no candidate'} is promoted"]
+    for judgement in decision["judgements"]:
+        lines += ["", f"## {judgement['verb']}: {judgement['verdict']}", ""]
+        lines += [f"- {each['verdict']}, {each['check']}: {each['text']}" for each in judgement["reasons"]]
+    return "\n".join(lines) + "\n"

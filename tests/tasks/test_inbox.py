@@ -1,0 +1,325 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nss.data import load_data
+from nss.errors import BusyError, DataError
+from tasks import inbox as module
+from tasks.data import add, add_all
+from tasks.inbox import Inbox, take
+from tasks.lock import exclusive, is_held
+from tasks.provenance import data_md5
+from tasks.workspace import Workspace
+
+
+class Clock:
+    """Time that passes when told."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    """A workspace with one batch of two classes in it."""
+    root = tmp_path / "repository"
+    (root / ".dvc").mkdir(parents=True)
+    (root / ".dvc" / "config").write_text("[core]\n    analytics = false\n")
+    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+    (root / "inbox").mkdir()
+    found = Workspace(root)
+    add(found, str(images(tmp_path / "first.npz", 0)), new_classes=True)
+    return found
+
+
+def images(path: Path, seed: int, classes: int = 2) -> Path:
+    """Write 20 images whose pixels are drawn with that seed."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (20, 8, 8), dtype=np.uint8)
+    path.parent.mkdir(exist_ok=True)
+    np.savez(path, x=pixels, y=np.arange(20) % classes)
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+
+
+def look(inbox: Inbox) -> list[str]:
+    return [entry.name for entry in inbox.settled()]
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def box(tmp_path: Path, clock: Clock) -> Inbox:
+    """An empty inbox whose entries settle in 5 seconds."""
+    (tmp_path / "inbox").mkdir()
+    return Inbox(tmp_path / "inbox", 5, clock)
+
+
+def test_an_entry_settles_when_nothing_changed_for_that_long(box: Inbox, clock: Clock) -> None:
+    images(box.folder / "a.npz", 1)
+    assert look(box) == []
+    clock.now = 4.9
+    assert look(box) == []
+    clock.now = 5.0
+    assert look(box) == ["a.npz"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "cat" / "2.png").write_bytes(b"new"),
+        lambda folder: (folder / "cat" / "1.png").write_bytes(b"longer"),
+        lambda folder: (folder / "cat" / "1.png").rename(folder / "cat" / "9.png"),
+        lambda folder: (folder / "cat" / "1.png").unlink(),
+        lambda folder: os.utime(folder / "cat" / "1.png", (1, 1)),
+        # What `cp --preserve` and rsync do: same size, and the old time of change put back.
+        lambda folder: rewritten(folder / "cat" / "1.png", b"two"),
+    ],
+    ids=["a new file", "another size", "another name", "a file less", "another time", "other bytes under the old time"],
+)
+def test_any_change_below_an_entry_starts_the_waiting_again(box: Inbox, clock: Clock, change) -> None:
+    (box.folder / "batch" / "cat").mkdir(parents=True)
+    (box.folder / "batch" / "cat" / "0.png").write_bytes(b"one")
+    (box.folder / "batch" / "cat" / "1.png").write_bytes(b"one")
+    look(box)
+    clock.now = 4
+    change(box.folder / "batch")
+    assert look(box) == []
+    clock.now = 8
+    assert look(box) == []
+    clock.now = 9
+    assert look(box) == ["batch"]
+
+
+def rewritten(path: Path, content: bytes) -> None:
+    before = path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_folder_without_a_file_is_waited_for_and_holds_up_nothing(box: Inbox, clock: Clock) -> None:
+    (box.folder / "to come" / "cat").mkdir(parents=True)
+    images(box.folder / "a.npz", 1)
+    look(box)
+    clock.now = 100
+    assert look(box) == ["a.npz"]
+    assert box.pending() == ("a.npz", "to come")
+
+
+def test_what_is_still_copied_is_waited_for_but_not_for_ever(box: Inbox, clock: Clock) -> None:
+    images(box.folder / "a.npz", 1)
+    look(box)
+    for now in range(5, 50, 4):
+        clock.now = now
+        images(box.folder / "slow.npz", now)
+        assert look(box) == []
+    clock.now = 50
+    images(box.folder / "slow.npz", 50)
+    assert look(box) == ["a.npz"]
+
+
+def test_hidden_entries_and_a_missing_inbox_are_no_entries(box: Inbox, clock: Clock, tmp_path: Path) -> None:
+    (box.folder / ".done").mkdir()
+    images(box.folder / ".uploading.npz", 1)
+    look(box)
+    clock.now = 10
+    assert look(box) == []
+    assert Inbox(tmp_path / "nowhere").settled() == ()
+
+
+def test_three_entries_become_three_batches_of_one_version(workspace: Workspace, monkeypatch) -> None:
+    folder, calls = workspace.root / "inbox", []
+    commit = module.add_all.__globals__["Pipeline"].add_data
+    monkeypatch.setattr("tasks.data.Pipeline.add_data", lambda self: (calls.append(1), commit(self)))
+    entries = [images(folder / f"{name}.npz", seed) for seed, name in enumerate("abc", start=1)]
+    before = data_md5(workspace)
+    taken = take(workspace, entries)
+    assert [each.name for each in taken.arrived] == ["a.npz", "b.npz", "c.npz"]
+    assert taken.refused == ()
+    assert len(calls) == 1
+    assert taken.data_md5 == data_md5(workspace) != before
+    known = [batch.digest for batch in load_data(workspace.data).batches]
+    assert known[1:] == [each.digest for each in taken.arrived]
+    assert names(folder) == [".done"]
+    assert [name.split("-", 2)[2] for name in names(folder / ".done")] == ["a.npz", "b.npz", "c.npz"]
+
+
+def test_the_same_batch_again_makes_no_new_version(workspace: Workspace) -> None:
+    folder = workspace.root / "inbox"
+    first = take(workspace, [images(folder / "a.npz", 1)])
+    again = take(workspace, [images(folder / "a.npz", 1)])
+    assert again.data_md5 == first.data_md5
+    assert [each.already_present for each in (*first.arrived, *again.arrived)] == [False, True]
+    assert len(names(folder / ".done")) == 2
+
+
+def test_a_bad_entry_is_put_aside_with_its_problems_and_the_good_one_taken(workspace: Workspace) -> None:
+    folder = workspace.root / "inbox"
+    (folder / "bad" / "0").mkdir(parents=True)
+    (folder / "bad" / "0" / "empty.png").write_bytes(b"")
+    (folder / "bad" / "1").mkdir()
+    taken = take(workspace, [folder / "bad", images(folder / "good.npz", 1)])
+    (refused,) = taken.refused
+    assert [each.name for each in taken.arrived] == ["good.npz"]
+    assert (folder / ".rejected" / "bad" / "0" / "empty.png").is_file()
+    assert refused.place == str(folder / ".rejected" / "bad")
+    text = (folder / ".rejected" / "bad.problems.txt").read_text()
+    assert text.splitlines() == list(refused.problems)
+    assert "0/empty.png" in text
+    assert "1: a class folder without images" in text
+    assert len(load_data(workspace.data).batches) == 2
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "torn.npz"])
+def test_what_is_no_source_at_all_is_put_aside_and_says_why(workspace: Workspace, name: str) -> None:
+    entry = workspace.root / "inbox" / name
+    entry.write_bytes(b"not images")
+    before = {path: path.read_bytes() for path in workspace.data.rglob("*") if path.is_file()}
+    md5 = data_md5(workspace)
+    taken = take(workspace, [entry])
+    assert [each.name for each in taken.refused] == [name]
+    assert taken.data_md5 == md5
+    assert {path: path.read_bytes() for path in workspace.data.rglob("*") if path.is_file()} == before
+    text = (entry.parent / ".rejected" / f"{name}.problems.txt").read_text()
+    assert "fix: " in text
+
+
+def test_two_refused_entries_of_one_name_are_both_kept(workspace: Workspace) -> None:
+    entry = workspace.root / "inbox" / "notes.txt"
+    for text in ("one", "two"):
+        entry.write_text(text)
+        take(workspace, [entry])
+    folder = entry.parent / ".rejected"
+    assert names(folder) == ["notes.txt", "notes.txt-2", "notes.txt-2.problems.txt", "notes.txt.problems.txt"]
+    assert (folder / "notes.txt-2").read_text() == "two"
+
+
+def test_new_classes_and_another_size_are_taken_when_allowed(workspace: Workspace, tmp_path: Path) -> None:
+    folder = workspace.root / "inbox"
+    assert take(workspace, [images(folder / "a.npz", 1, classes=3)]).refused
+    assert take(workspace, [images(folder / "a.npz", 1, classes=3)], new_classes=True).arrived
+    np.savez(
+        folder / "b.npz", x=np.zeros((4, 16, 16), np.uint8) + np.arange(4, dtype=np.uint8)[:, None, None], y=[0] * 4
+    )
+    assert take(workspace, [folder / "b.npz"], resize=(8, 8)).arrived
+    assert load_data(workspace.data).image_shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize("step", ["add_data", "rename"])
+def test_killed_between_two_steps_the_next_take_completes_it(workspace: Workspace, step: str, monkeypatch) -> None:
+    entry = images(workspace.root / "inbox" / "a.npz", 1)
+    before = data_md5(workspace)
+    with monkeypatch.context() as patch:
+        place = {"add_data": "tasks.data.Pipeline.add_data", "rename": "pathlib.Path.rename"}[step]
+        patch.setattr(place, killed)
+        with pytest.raises(KeyboardInterrupt):
+            take(workspace, [entry])
+    assert entry.exists()
+    assert (data_md5(workspace) == before) == (step == "add_data")
+    taken = take(workspace, [entry])
+    assert [each.already_present for each in taken.arrived] == [True]
+    assert taken.data_md5 != before
+    assert len(load_data(workspace.data).batches) == 2
+    assert names(entry.parent) == [".done"]
+
+
+def killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_damaged_data_is_not_blamed_on_what_arrives(workspace: Workspace) -> None:
+    entry = images(workspace.root / "inbox" / "a.npz", 1)
+    (workspace.data / "dataset.json").write_text("{")
+    with pytest.raises(DataError, match=r"dataset\.json|JSON"):
+        take(workspace, [entry])
+    assert names(entry.parent) == ["a.npz"]
+
+
+def test_missing_data_is_restored_before_a_batch_is_added(workspace: Workspace) -> None:
+    for path in sorted(workspace.data.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    workspace.data.rmdir()
+    take(workspace, [images(workspace.root / "inbox" / "a.npz", 1)])
+    assert len(load_data(workspace.data).batches) == 2
+
+
+def test_data_that_cannot_be_restored_is_not_replaced_by_what_arrives(tmp_path: Path, workspace: Workspace) -> None:
+    pointer = (workspace.root / "data.dvc").read_text()
+    fresh = tmp_path / "fresh"
+    (fresh / ".dvc").mkdir(parents=True)
+    (fresh / ".dvc" / "config").write_text("[core]\n    analytics = false\n")
+    subprocess.run(["git", "init", "-q"], cwd=fresh, check=True)
+    (fresh / "data.dvc").write_text(pointer)
+    entry = images(fresh / "inbox" / "a.npz", 1)
+    with pytest.raises(DataError, match="whose files are not here"):
+        take(Workspace(fresh), [entry])
+    assert (fresh / "data.dvc").read_text() == pointer
+    assert entry.exists()
+    assert not (fresh / "data").exists()
+
+
+def test_an_inbox_that_cannot_be_written_is_said(workspace: Workspace, monkeypatch) -> None:
+    entry = images(workspace.root / "inbox" / "a.npz", 1)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.rename", refuse)
+    with pytest.raises(DataError, match=r"the inbox cannot be written \(Permission denied\)"):
+        take(workspace, [entry])
+
+
+def test_nothing_is_added_while_a_cycle_runs(workspace: Workspace) -> None:
+    entry = images(workspace.root / "inbox" / "a.npz", 1)
+    held, done = threading.Event(), threading.Event()
+
+    def cycle() -> None:
+        with exclusive(workspace):
+            held.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=cycle)
+    thread.start()
+    held.wait(30)
+    assert is_held(workspace)
+    with pytest.raises(BusyError, match=rf"process {os.getpid()} \(.+\) is at work in this workspace"):
+        take(workspace, [entry])
+    done.set()
+    thread.join()
+    assert not is_held(workspace)
+    assert entry.exists()
+    assert len(load_data(workspace.data).batches) == 1
+
+
+def test_somebody_else_is_waited_for_when_asked(workspace: Workspace) -> None:
+    held = threading.Event()
+
+    def cycle() -> None:
+        with exclusive(workspace):
+            held.set()
+            threading.Event().wait(0.3)
+
+    thread = threading.Thread(target=cycle)
+    thread.start()
+    held.wait(30)
+    with exclusive(workspace, wait_s=30):
+        assert is_held(workspace)
+    thread.join()
+
+
+def test_a_list_of_sources_keeps_its_order(workspace: Workspace, tmp_path: Path) -> None:
+    done = add_all(workspace, [images(tmp_path / "a.npz", 1), tmp_path / "missing", images(tmp_path / "b.npz", 2)])
+    assert [isinstance(each, DataError) for each in done] == [False, True, False]

@@ -1,0 +1,153 @@
+"""A workspace in a user's own repository: whole, nothing overwritten, and its stages follow the installed code."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from nss.errors import StageError
+from tasks import layout
+from tasks.layout import CODE, code_digests, lay_out, refresh_code, set_params
+from tasks.params import load_params
+from tasks.pipeline import Pipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = {".dvc/config", ".dvcignore", ".gitignore", "champion.json", "dvc.yaml", CODE, "params.yaml"}
+
+
+def read(path: Path) -> dict:
+    return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+
+
+def git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout
+
+
+def everything(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_new_folder_becomes_a_repository_whose_stages_dvc_reads(tmp_path: Path) -> None:
+    made = lay_out(tmp_path / "cats", "cats")
+    root = made.workspace.root
+    assert made.is_new_repository
+    assert set(made.files) == FILES
+    assert all((root / name).is_file() for name in FILES)
+    own = read(ROOT / "dvc.yaml")["stages"]
+    assert set(Pipeline(made.workspace).stages()) == set(own)
+    stages = read(root / "dvc.yaml")["stages"]
+    for verb, stage in stages.items():
+        assert [dep for dep in stage["deps"] if dep.endswith(".py")] == []
+        assert stage["deps"] == [dep for dep in own[verb]["deps"] if not dep.endswith(".py")]
+        assert stage["params"] == [*own[verb].get("params", []), {CODE: [verb]}]
+        assert (stage["cmd"], stage["outs"]) == (own[verb]["cmd"], own[verb]["outs"])
+
+
+def test_the_settings_are_those_of_the_repository_but_for_what_suits_the_digits(tmp_path: Path) -> None:
+    made = lay_out(tmp_path / "cats", "cats")
+    ours, theirs = load_params(ROOT / "params.yaml").model_dump(), load_params(made.workspace.params).model_dump()
+    assert theirs["register"].pop("name") == "cats"
+    assert set(theirs["triage"].pop("budgets").values()) == {None}
+    ours["register"].pop("name")
+    ours["triage"].pop("budgets")
+    assert theirs == ours
+    # The comments say what is allowed: they come along.
+    comments = [line for line in (ROOT / "params.yaml").read_text().splitlines() if "#" in line]
+    assert len([line for line in made.workspace.params.read_text().splitlines() if "#" in line]) == len(comments)
+
+
+def test_git_ignores_what_is_made_and_tracks_what_is_laid_out(tmp_path: Path) -> None:
+    root = lay_out(tmp_path / "cats", "cats").workspace.root
+    for name in (
+        "data/x",
+        "champion/model.json",
+        "artifacts/base/x",
+        "mlflow/tracking.db",
+        "inbox/x",
+        "mlflow/ledger.jsonl",
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("x")
+    git(root, "add", "-A")
+    tracked = set(git(root, "ls-files").splitlines())
+    assert tracked >= FILES
+    assert {name.partition("/")[0] for name in tracked - FILES} <= {".dvc"}
+
+
+def test_a_folder_of_a_repository_is_laid_out_within_it(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / ".gitignore").write_text("secrets\n")
+    made = lay_out(tmp_path / "models", "cats")
+    assert not made.is_new_repository
+    assert not (tmp_path / "models" / ".git").exists()
+    assert (tmp_path / "models" / ".gitignore").read_text().splitlines()[:2] == ["secrets", "__pycache__/"]
+    assert Pipeline(made.workspace).stages()
+
+
+def test_a_folder_that_git_ignores_gets_a_repository_of_its_own(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    (tmp_path / ".gitignore").write_text("/demo/\n")
+    assert lay_out(tmp_path / "demo", "digits").is_new_repository
+
+
+@pytest.mark.parametrize("name", ["dvc.yaml", "params.yaml", "champion.json", CODE])
+def test_nothing_is_overwritten(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine\n")
+    before = everything(tmp_path)
+    with pytest.raises(StageError, match=f"the folder holds {name} already"):
+        lay_out(tmp_path, "cats")
+    assert everything(tmp_path) == before
+
+
+def test_other_code_is_another_digest_for_the_stages_that_run_it(tmp_path: Path, monkeypatch) -> None:
+    template = tmp_path / "package"
+    (template / "tasks").mkdir(parents=True)
+    (template / "nss").mkdir()
+    stages = {"one": ["nss/a.py", "data"], "two": ["nss/a.py", "tasks/b.py"]}
+    text = {verb: {"cmd": "x", "deps": deps, "outs": [verb]} for verb, deps in stages.items()}
+    with (template / "dvc.yaml").open("w") as file:
+        YAML().dump({"stages": text}, file)
+    for name in ("nss/a.py", "tasks/b.py"):
+        (template / name).write_text("x = 1\n")
+    monkeypatch.setattr(layout, "__file__", str(template / "tasks" / "layout.py"))
+    before = code_digests()
+    (template / "tasks" / "b.py").write_text("x = 2\n")
+    after = code_digests()
+    assert (before["one"], before["two"] == after["two"]) == (after["one"], False)
+
+
+def test_an_upgrade_names_the_stages_it_changes_once(tmp_path: Path, monkeypatch) -> None:
+    workspace = lay_out(tmp_path / "cats", "cats").workspace
+    assert refresh_code(workspace) == ()
+    current = {**code_digests(), "slice": "another"}
+    monkeypatch.setattr(layout, "code_digests", lambda: current)
+    assert refresh_code(workspace) == ("slice",)
+    assert read(workspace.root / CODE) == current
+    assert refresh_code(workspace) == ()
+
+
+def test_a_workspace_that_lists_its_files_itself_is_left_alone(tmp_path: Path) -> None:
+    workspace = lay_out(tmp_path / "cats", "cats").workspace
+    (workspace.root / CODE).unlink()
+    assert refresh_code(workspace) == ()
+    assert not (workspace.root / CODE).exists()
+
+
+def test_settings_are_changed_in_place_and_comments_stay(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("base:\n  epochs: 8 # many\n  cap: null # none\n  deep: {a: 1}\n")
+    set_params(path, {"base.epochs": 3, "base.deep.a": None})
+    assert path.read_text() == "base:\n  epochs: 3 # many\n  cap: null # none\n  deep: {a: null}\n"
+
+
+@pytest.mark.parametrize("name", ["base.epoch", "bases.epochs", "epochs", "base.epochs.more"])
+def test_a_setting_that_is_not_there_is_named_and_nothing_changes(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("base:\n  epochs: 8\n")
+    with pytest.raises(StageError, match=f"there is no setting {name}"):
+        set_params(path, {"base.epochs": 3, name: 1})
+    assert path.read_text() == "base:\n  epochs: 8\n"
