@@ -10,17 +10,19 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
+from flows import show
 from flows.maintain import CycleReport, StageReport, run_cycle
 from nss.drift import shifted
 from nss.files import read_json
 from tasks.data import add
 from tasks.layout import lay_out, set_params
+from tasks.reasons import triage_words, verdict_words
 from tasks.workspace import Workspace
 
 # Of the digits: first the old classes of the first pictures, then the new ones of them, then what comes in bad light.
 OLD, FIRST = 8, 1200
 STRENGTH = 2
-SETTINGS = {"triage.budgets.macs": 1_500_000, "register.promote": "auto"}
+SETTINGS = {"triage.budgets.macs": 1_500_000, "register.promote": "auto", "readapt.guard": 3.0}
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,11 @@ def write_batches(folder: Path) -> dict[str, Path]:
     return {name: folder / f"{name}.npz" for name in parts}
 
 
-def chapter_lines(chapter: Chapter, workspace: Workspace, report: CycleReport) -> list[str]:
+def chapter_lines(workspace: Workspace, report: CycleReport) -> list[str]:
     """Return what came out of one cycle: what triage found, what the gate said, and who is champion now."""
-    lines = []
-    for verb in ("restructure", "readapt", "extend"):
-        found = read_json(workspace.out("triage") / f"{verb}.json")
-        lines.append(f"triage      {verb}: {'needed' if found['needed'] else 'not needed'}, {found['why']}")
-    for each in read_json(workspace.out("gate") / "gate.json")["judgements"]:
-        worst = [reason["text"] for reason in each["reasons"] if reason["verdict"] == each["verdict"]]
-        lines.append(f"gate        {each['verb']}: {each['verdict']}, {worst[-1]}")
-    return lines
+    judgements = read_json(workspace.out("gate") / "gate.json")["judgements"]
+    return [
+        *(f"triage      {verb}: {why}" for verb, why in triage_words(workspace).items()),
+        *(f"gate        {each['verb']}: {each['verdict']}, {verdict_words(each)}" for each in judgements),
+        *show.registered_lines(report),
+    ]

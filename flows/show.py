@@ -76,6 +76,7 @@ def summary(report: CycleReport, workspace: Workspace, *, is_temporary: bool) ->
         *_learning_lines(grown, figures),
         *_triage_lines(workspace),
         *_verdict_lines(workspace),
+        *registered_lines(report),
         "",
         "MLflow runs",
         f"  {'cycle':<11} {report.run_id or 'not logged'}",
@@ -83,6 +84,7 @@ def summary(report: CycleReport, workspace: Workspace, *, is_temporary: bool) ->
         "",
         f"MLflow  {_mlflow_hint(report)}",
         f"Prefect {_prefect_hint(report, is_temporary)}",
+        "Report  nss report",
     ]
     return "\n".join(lines)
 
@@ -121,6 +123,15 @@ def _verdict_lines(workspace: Workspace) -> list[str]:
     promoted = decision["promoted"] or ("nothing" if decision["judgements"] else "there is no candidate")
     lines = [f"  {each['verb']:<12} {each['verdict']}: {verdict_words(each)}" for each in decision["judgements"]]
     return [f"verdict     {decision['verdict']}: {promoted}", *lines]
+
+
+def registered_lines(report: CycleReport) -> list[str]:
+    """Say which version the gate's choice is, and whether it is the champion."""
+    if report.version is None:
+        return []
+    what = {"candidate": "waits: `nss promote` makes it the champion", "promoted": "is the champion"}
+    name = f"{report.version.name} version {report.version.number}"
+    return [f"registered  {name} {what.get(report.outcome, report.outcome)}"]
 
 
 def _told(scores: dict[str, Any], part: str) -> str:

@@ -9,6 +9,8 @@ from nss.files import read_json
 from tasks.workspace import Workspace
 
 _VERBS = ("restructure", "readapt", "extend")
+# Of what speaks against a candidate; all_reasons has everything.
+_SHOWN = 2
 
 
 def triage_words(workspace: Workspace) -> dict[str, str]:
@@ -27,10 +29,15 @@ def verdict_words(judgement: Mapping[str, Any]) -> str:
     >>> verdict_words({"reasons": [{"check": "benefit", "verdict": "PROMOTE", "text": "smaller"}]})
     'smaller'
     """
-    short = [each["text"] for each in judgement["reasons"] if each["verdict"] != "PROMOTE"]
+    short = [(each["verdict"] == "HOLD", each["text"]) for each in judgement["reasons"] if each["verdict"] != "PROMOTE"]
+    if short:
+        # What weighs most first: a verdict is that of its most severe reason.
+        texts = [text for _, text in sorted(short, key=lambda each: each[0])]
+        more = f"; and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+        return "; ".join(texts[:_SHOWN]) + more
     good = [each["text"] for each in judgement["reasons"] if each["check"] == "benefit"]
     # A base model without a champion has no benefit to show: it meets the floors.
-    return "; ".join(short or good or [each["text"] for each in judgement["reasons"]])
+    return "; ".join(good or [each["text"] for each in judgement["reasons"]])
 
 
 def all_reasons(decision: Mapping[str, Any]) -> str:

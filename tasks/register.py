@@ -157,7 +157,7 @@ def _per_class(workspace: Workspace, verb: str) -> dict[str, float]:
 
 
 def _parent(workspace: Workspace, candidate: Mapping[str, Any]) -> dict[str, str]:
-    if candidate["parent"] == candidate["model"]:
+    if candidate["parent"] in (None, candidate["model"]):
         return {}
     pin = read_champion(workspace)
     version = {"nss.parent_version": f"{pin.name}/{pin.version}"} if pin else {}

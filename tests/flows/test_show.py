@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.maintain import CycleReport, StageReport, figures_of
+from flows.maintain import CycleReport, RegisteredVersion, StageReport, figures_of
 from flows.show import stage_line, summary
 from nss.files import write_json
 from tasks.workspace import Workspace
@@ -127,3 +127,16 @@ def test_a_summary_tells_the_verdict_on_every_candidate_and_what_decided(workspa
         workspace.out("gate") / "gate.json", {"verdict": "REJECT", "promoted": None, "judgements": judgements[:1]}
     )
     assert "verdict     REJECT: nothing" in lines(workspace)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "words"),
+    [("candidate", "waits: `nss promote` makes it the champion"), ("promoted", "is the champion"), ("kept", "kept")],
+)
+def test_a_summary_names_the_version_and_whether_it_is_the_champion(
+    workspace: Workspace, outcome: str, words: str
+) -> None:
+    version = RegisteredVersion("cats", 3)
+    cycle = CycleReport((), "run", "sqlite:///store", "1", "", "PROMOTE", "restructure", version, outcome)
+    assert f"registered  cats version 3 {words}" in summary(cycle, workspace, is_temporary=True).splitlines()
+    assert not [line for line in lines(workspace) if line.startswith("registered")]

@@ -50,6 +50,15 @@ def test_manual_gives_a_candidate_with_where_it_comes_from_and_pins_nothing(shop
     assert tags["nss.base_run"] == shop.log("base")
 
 
+def test_a_base_model_was_made_of_none_and_its_version_names_no_parent(shop) -> None:
+    shop.cycle({"base": "PROMOTE"})
+    path = shop.workspace.out("gate") / "gate.json"
+    content = json.loads(path.read_text())
+    content["candidates"]["base"]["parent"] = None
+    write_json(path, content)
+    assert "nss.parent" not in go(shop).version.tags
+
+
 def test_auto_gives_a_champion_that_is_pinned_and_versioned(auto) -> None:
     auto.cycle()
     done = go(auto)

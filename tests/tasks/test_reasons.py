@@ -27,7 +27,11 @@ BENEFIT = reason("benefit", "PROMOTE", "smaller")
         ([FLOOR, BENEFIT], "smaller"),
         (
             [FLOOR, reason("images", "HOLD", "40 images"), reason("size", "REJECT", "larger"), BENEFIT],
-            "40 images; larger",
+            "larger; 40 images",
+        ),
+        (
+            [reason(name, "HOLD", name) for name in "abc"] + [reason("size", "REJECT", "larger")],
+            "larger; a; and 2 more",
         ),
         ([FLOOR, reason("images", "PROMOTE", "200 images")], "accuracy 0.900 (0.5 asked for); 200 images"),
     ],
