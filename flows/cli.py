@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,19 +15,22 @@ from flows import cli_models, cli_report, cli_service, cli_start
 
 OK, CRASH, MISTAKE, BUSY = 0, 1, 2, 75
 
-_EPILOG = (
+_EXIT_CODES = (
     "Exit codes: 0 done; 1 crashed, or `doctor` found something wrong; 2 a mistake in the command, in params.yaml or "
     "in the data; 75 somebody else works on the repository, try again later; 130 interrupted; 143 stopped by SIGTERM."
 )
 
 app = typer.Typer(
     help="Keep a trained image classifier maintained by semantic slices of its neurons.",
-    epilog=_EPILOG,
+    epilog=_EXIT_CODES,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-data = typer.Typer(help="Add to the versioned data set, or look at it.", no_args_is_help=True)
+data = typer.Typer(
+    help="Add to the versioned data set, or look at it.",
+    epilog="Examples:  nss data demo   |   nss data add photos/   |   nss data status",
+    no_args_is_help=True,
+)
 app.add_typer(data, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
@@ -50,20 +54,30 @@ def run(
     server = Server.prepare()
     from flows import show
     from flows.maintain import run_cycle
+    from flows.progress import Bar
+    from tasks.params import STAGES
     from tasks.workspace import find_workspace
 
     workspace = find_workspace()
     server.wait()
+    following = dict(pairwise((*STAGES, "")))
+    with Bar(len(STAGES), STAGES[0], is_quiet=as_json) as bar:
+        report = run_cycle(
+            workspace,
+            retries=retries,
+            tell=lambda stage: bar.step(show.stage_line(stage), following[stage.stage]),
+        )
     if as_json:
-        _print_json(run_cycle(workspace, retries=retries).to_dict())
-        return
-    report = run_cycle(workspace, retries=retries, tell=lambda stage: _print(show.stage_line(stage)))
-    _print(show.summary(report, workspace, is_temporary=server.is_temporary))
+        _print_json(report.to_dict())
+    else:
+        _print(show.summary(report, workspace, is_temporary=server.is_temporary))
 
 
-@app.command()
+@app.command(epilog="Examples:  nss stage base   |   dvc repro base")
 def stage(
-    verb: Annotated[str, typer.Argument(help="base, profile, slice, restructure, readapt, extend or evaluate")],
+    verb: Annotated[
+        str, typer.Argument(help="base, profile, slice, triage, restructure, readapt, extend, evaluate, gate")
+    ],
 ) -> None:
     """Run one stage. This is what dvc.yaml calls; people use `nss run` or `dvc repro VERB`."""
     from tasks.stage import main as run_stage
@@ -92,7 +106,7 @@ def data_add(
     _print_json(added.to_dict()) if as_json else _print(show.added(added))
 
 
-@data.command("demo")
+@data.command("demo", epilog="Examples:  nss data demo   |   nss data demo --json | jq .images")
 def data_demo(as_json: Json = False) -> None:
     """Materialise scikit-learn's digits, exactly what the committed data.dvc names."""
     from flows import show
@@ -103,7 +117,7 @@ def data_demo(as_json: Json = False) -> None:
     _print_json(added.to_dict()) if as_json else _print(show.added(added))
 
 
-@data.command("status")
+@data.command("status", epilog="Examples:  nss data status   |   nss data status --json | jq .committed")
 def data_status(as_json: Json = False) -> None:
     """Show batches, classes and splits, and whether data.dvc names what lies in data/."""
     from flows import show
@@ -145,7 +159,7 @@ def export(
     _print_json(done.to_dict()) if as_json else _print(exporting.text(done))
 
 
-@app.command()
+@app.command(epilog="Examples:  nss doctor   |   nss doctor --json | jq '.[] | select(.ok | not)'")
 def doctor(as_json: Json = False) -> None:
     """Check what a run needs: packages, repository, data, parameters, tracking store, Prefect."""
     from flows import show
@@ -161,6 +175,8 @@ cli_start.add_commands(app)
 cli_models.add_commands(app)
 cli_service.add_commands(app)
 cli_report.add_commands(app)
+for _command in (*app.registered_commands, *data.registered_commands):
+    _command.epilog = f"{_command.epilog}\n\n{_EXIT_CODES}"
 
 
 def main() -> int:

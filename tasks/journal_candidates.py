@@ -1,7 +1,7 @@
 """What the gate adds to the runs of the models that it judged, so that MLflow's pages put them side by side.
 
-A stage's own figures are of the validation split and begin with val_; what stands here is what the gate went by, under
-the same names for every candidate and for the champion.
+What a stage itself measured of its classes is on the validation split, and its names begin with val_. What the gate
+went by has the same names for every candidate and for the champion: accuracy, class/NAME, macs.
 """
 
 from __future__ import annotations

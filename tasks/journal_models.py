@@ -24,7 +24,7 @@ def log_restructure(tracker: Tracker, run: Run, workspace: Workspace, key: Stage
         return  # there was nothing to do
     kept = {row["layer"]: int(row["kept"]) for row in read_csv(folder / "kept.csv")}
     change = {row["class"]: (float(row["before"]), float(row["after"])) for row in read_csv(folder / "change.csv")}
-    changes = {f"class_change/{name}": after - before for name, (before, after) in change.items()}
+    changes = {f"val_class_change/{name}": after - before for name, (before, after) in change.items()}
     tracker.log(run, metrics={**{f"kept/{name}": count for name, count in kept.items()}, **changes})
     for name, figure in _restructure_pictures(folder, kept, change).items():
         tracker.client.log_figure(run_id, figure, name)
@@ -71,7 +71,7 @@ def log_readapt(tracker: Tracker, run: Run, workspace: Workspace, key: StageKey)
     tracker.log(run, metrics=steps[0], history=steps[1:])
     changes = _changes(folder)
     for part, change in changes.items():
-        points = {f"class_change_{part}/{name}": after - before for name, (before, after) in change.items()}
+        points = {f"val_class_change_{part}/{name}": after - before for name, (before, after) in change.items()}
         tracker.log(run, metrics=points)
     tuned = {row["layer"]: int(row["tuned"]) for row in read_csv(folder / "tuned.csv")}
     tracker.log(run, metrics={f"tuned/{name}": count for name, count in tuned.items()})
@@ -119,7 +119,7 @@ def log_extend(tracker: Tracker, run: Run, workspace: Workspace, key: StageKey) 
     accuracies = {row["class"]: cells_of(row, "class") for row in read_csv(folder / "change.csv")}
     room = {row["layer"]: cells_of(row, "layer") for row in read_csv(folder / "capacity.csv")}
     forgetting = {name: (each["before"], each["after"]) for name, each in accuracies.items() if "before" in each}
-    points = {f"class_change/{name}": after - before for name, (before, after) in forgetting.items()}
+    points = {f"val_class_change/{name}": after - before for name, (before, after) in forgetting.items()}
     points |= {f"val_class/{name}": each["after"] for name, each in accuracies.items() if "after" in each}
     for layer, each in room.items():
         points |= {f"used/{layer}": each["old"] + each["new"], f"free/{layer}": each["free"]}

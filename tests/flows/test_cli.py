@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from nss.errors import BusyError, DataError, ParamsError
 
@@ -28,32 +31,92 @@ def nss(*arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedPr
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["data", "add", "--help"], ["doctor", "--help"]])
-def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+def commands() -> dict[tuple[str, ...], Any]:
+    """Every command by its words, for example ("data", "add")."""
+    from flows.cli import app
+
+    found: dict[tuple[str, ...], Any] = {}
+    waiting = [((), typer.main.get_command(app))]
+    while waiting:
+        words, command = waiting.pop()
+        children = getattr(command, "commands", {})
+        waiting += [((*words, name), child) for name, child in children.items()]
+        if not children:
+            found[words] = command
+    return found
+
+
+COMMANDS = commands()
+EXIT_CODES = ("0 done", "1 crashed", "2 a mistake", "75 somebody else", "130 interrupted", "143 stopped by SIGTERM")
+
+
+def test_help_of_whatever_command_imports_nothing_heavy() -> None:
+    """What `nss --help` costs is what it imports: half a second of CPU at most, which torch alone takes three times."""
+    asked = [[*words, "--help"] for words in ((), ("data",), *COMMANDS)]
     code = f"""
 import sys
 from flows.cli import main
-sys.argv = ["nss", *{arguments!r}]
+for arguments in {asked!r}:
+    sys.argv = ["nss", *arguments]
+    try:
+        main()
+    except SystemExit as ended:
+        assert ended.code == 0, arguments
+sys.stderr.write(",".join(name for name in {HEAVY!r} if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("Usage: nss") == len(asked) > 15
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_of_every_command_has_examples_that_parse_and_the_exit_codes(words: tuple[str, ...]) -> None:
+    title, _, rest = COMMANDS[words].epilog.partition("Examples:  ")
+    examples, _, codes = rest.partition("\n\n")
+    assert title == ""
+    assert all(text in codes for text in EXIT_CODES)
+    own = [shlex.split(each) for example in examples.split("   |   ") for each in example.split(" | ")[:1]]
+    own = [example[1:] for example in own if example[0] == "nss"]
+    assert own
+    for example in own:
+        assert tuple(example[: len(words)]) == words
+        COMMANDS[words].make_context("nss", example[len(words) :])
+
+
+def test_every_command_but_those_that_go_on_for_long_speaks_json() -> None:
+    silent = {words for words, command in COMMANDS.items() if not any("--json" in each.opts for each in command.params)}
+    assert silent == {("stage",), ("watch",), ("serve",)}
+
+
+@pytest.mark.parametrize(("typed", "expected"), [("nss ", None), ("nss data ", {"add", "demo", "status"})])
+def test_the_shell_completes_commands_without_importing_anything_heavy(typed: str, expected: set[str] | None) -> None:
+    names = expected or {words[0] for words in COMMANDS}
+    code = f"""
+import sys
+from flows.cli import main
 try:
     main()
 finally:
     sys.stderr.write(",".join(name for name in {HEAVY!r} if name in sys.modules))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    asked = {"_NSS_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **asked}, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
-    assert "Usage" in done.stdout
+    assert set(done.stdout.split()) == names
+
+
+def test_completion_can_be_installed() -> None:
+    done = nss("--show-completion", "bash")
+    assert done.returncode == 0, done.stderr
+    assert "_NSS_COMPLETE=complete_bash" in done.stdout
+    assert "complete -o default -F _nss_completion nss" in done.stdout
 
 
 def test_help_documents_the_exit_codes() -> None:
     text = " ".join(nss("--help").stdout.split())
-    for words in (
-        "0 done",
-        "1 crashed",
-        "2 a mistake",
-        "75 somebody else",
-        "130 interrupted",
-        "143 stopped by SIGTERM",
-    ):
+    for words in EXIT_CODES:
         assert words in text
 
 

@@ -173,11 +173,11 @@ def test_following_has_the_change_of_each_class_that_has_images_and_the_tuned_ne
     run = tracker.client.get_run(fill(tracker, followed, "readapt"))
     found = {name: value for name, value in run.data.metrics.items() if "/" in name}
     assert found == {
-        "class_change_old/a": -0.25,
-        "class_change_old/b": 0,
-        "class_change_old/c": 0.5,
-        "class_change_new/a": 0.5,
-        "class_change_new/b": -0.125,
+        "val_class_change_old/a": -0.25,
+        "val_class_change_old/b": 0,
+        "val_class_change_old/c": 0.5,
+        "val_class_change_new/a": 0.5,
+        "val_class_change_new/b": -0.125,
         "tuned/conv": 2,
         "tuned/head": 0,
     }
@@ -232,8 +232,8 @@ def test_learning_is_logged_over_steps(tracker, grown) -> None:
 def test_learning_has_what_was_forgotten_by_class_and_the_room_by_layer(tracker, grown) -> None:
     run = tracker.client.get_run(fill(tracker, grown, "extend"))
     assert {name: value for name, value in run.data.metrics.items() if "/" in name} == {
-        "class_change/a": -0.25,
-        "class_change/b": 0.125,
+        "val_class_change/a": -0.25,
+        "val_class_change/b": 0.125,
         "val_class/a": 0.75,
         "val_class/b": 0.625,
         "val_class/d": 0.5,
