@@ -122,7 +122,7 @@ def demo(
         )
         for chapter, workspace, cycle in story:
             reports.append({"chapter": chapter.title, **cycle.to_dict()})
-            bar.step("\n".join(f"  {line}" for line in chapter_lines(chapter, workspace, cycle)))
+            bar.step("\n".join(f"  {line}" for line in chapter_lines(workspace, cycle)))
     if as_json:
         sys.stdout.write(f"{json.dumps(reports, indent=1)}\n")
     elif cycle:

@@ -6,11 +6,11 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from nss.errors import NssError
-from tasks.workspace import Workspace, find_workspace
+from tasks.workspace import Workspace, find_workspace, with_packages
 
 _PACKAGES = ("torch", "torchvision", "sklearn", "scipy", "safetensors", "matplotlib", "mlflow", "prefect", "dvc")
 
@@ -117,7 +117,7 @@ def _champion(workspace: Workspace) -> str:
     champion = read_champion(workspace)
     if champion is None:
         return "none is pinned: the stage base trains"
-    load_champion(replace(workspace, packages=tuple(load_params(workspace.params).base.packages)), champion)
+    load_champion(with_packages(workspace, load_params(workspace.params).base.packages), champion)
     return f"{champion.name} version {champion.version}, of {len(champion.batches)} batches"
 
 

@@ -18,7 +18,7 @@ from nss.latency import Latency, random_pixels, time_calls
 from nss.model import load_model
 from nss.size import count_macs, count_parameters
 from tasks.params import load_params
-from tasks.workspace import Workspace, find_workspace
+from tasks.workspace import Workspace, find_workspace, with_packages
 
 LIMIT = 256
 """held-out images that an export is checked on"""
@@ -68,8 +68,9 @@ def export(model: Path | None, out: Path, kind: str | None, data: Path | None) -
     kind = kind or _kind_of(out)
     workspace = _workspace(required=model is None)
     folder = model or find_workspace().out("base") / "model"
-    packages = load_params(workspace.params).base.packages if workspace else ()
-    network = load_model(folder, packages)
+    if workspace:
+        workspace = with_packages(workspace, load_params(workspace.params).base.packages)
+    network = load_model(folder, workspace.packages if workspace else ())
     images = _held_out(workspace, data)
     difference = _EXPORT[kind](network, out, images)
     calls = {"torch": network, "export": load_export(out)}

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ from tasks.recovery import process_mark, recover
 from tasks.register import Registered
 from tasks.registry import STORE_ERRORS
 from tasks.tracking import Tracker, open_tracker, tracking_uri
-from tasks.workspace import Workspace
+from tasks.workspace import Workspace, with_packages
 
 _Result = TypeVar("_Result")
 # Somebody may be adding a batch, or only looking whether a cycle runs.
@@ -106,7 +106,7 @@ def maintain(root: str, retries: int = 0) -> CycleReport:
     """Bring every stage of the workspace up to date and keep one MLflow run of the cycle."""
     workspace = Workspace(Path(root))
     params = load_params(workspace.params)
-    workspace = replace(workspace, packages=tuple(params.base.packages))
+    workspace = with_packages(workspace, params.base.packages)
     pipeline = Pipeline(workspace)
     with exclusive(workspace, wait_s=_PATIENCE_S):
         _note(recover(workspace))
@@ -138,9 +138,16 @@ def maintain(root: str, retries: int = 0) -> CycleReport:
 def require_data(pipeline: Pipeline) -> None:
     """Make sure that data/ is what data.dvc names, restoring it from DVC's cache when it is gone.
 
-    Raises StageError when it differs or cannot be restored.
+    Raises StageError when there is none yet, when it differs or cannot be restored.
     """
-    if not pipeline.has_changed_data():
+    changed = pipeline.has_changed_data()
+    if changed is None and not pipeline.workspace.data.exists():
+        raise StageError(
+            "there are no images yet",
+            where=str(pipeline.workspace.data),
+            fix="`nss data add FOLDER`, a folder of class folders",
+        )
+    if not changed:
         return
     if not pipeline.workspace.data.exists():
         pipeline.restore("data.dvc")

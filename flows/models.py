@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tasks.lineage import Ancestor, Difference, differences
@@ -12,7 +12,7 @@ from tasks.params import Params, load_params
 from tasks.register import Registered
 from tasks.registry import Registry, Version, store_errors
 from tasks.tracking import Tracker, open_tracker, tracking_uri
-from tasks.workspace import Workspace, find_workspace
+from tasks.workspace import Workspace, find_workspace, with_packages
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def session() -> Iterator[Session]:
     """
     workspace = find_workspace()
     params = load_params(workspace.params)
-    workspace = replace(workspace, packages=tuple(params.base.packages))
+    workspace = with_packages(workspace, params.base.packages)
     with store_errors(tracking_uri(workspace)):
         yield Session(workspace, params, open_tracker(workspace))
 

@@ -9,6 +9,7 @@ import os
 for _name, _value in {
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "OMP_WAIT_POLICY": "PASSIVE",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -18,7 +18,7 @@ from nss.errors import NssError
 from nss.profile import Profile
 from tasks.params import ProfileParams
 from tasks.profile import profile_shard
-from tasks.workspace import Workspace
+from tasks.workspace import Workspace, with_packages
 
 _PATIENCE_S = 15
 
@@ -68,7 +68,7 @@ def _map(params: dict[str, Any], root: str, packages: list[str], scratch: str) -
 @task(name="profile-shard", task_run_name="profile-shard-{number}", cache_policy=NO_CACHE, persist_result=False)
 def _shard(number: int, params: dict[str, Any], root: str, packages: list[str], scratch: str) -> str:
     """Profile one shard and write its state. Returns the path of the file."""
-    state = profile_shard(ProfileParams.model_validate(params), Workspace(Path(root), tuple(packages)), number)
+    state = profile_shard(ProfileParams.model_validate(params), with_packages(Workspace(Path(root)), packages), number)
     path = Path(scratch) / f"{number}.safetensors"
     state.save(path)
     return str(path)

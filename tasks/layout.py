@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from nss.files import replacing, write_json
 from tasks.workspace import Workspace
 
 CODE = "nss-code.yaml"
+# DVC says on stdout that it made a repository, and what git should be told: `nss init` says that itself.
+logging.getLogger("dvc").setLevel(logging.WARNING)
+
 _HEADER = """\
 # Laid out by `nss init`; yours to change. params.yaml holds the settings of each stage. nss-code.yaml says which code
 # of nss each stage runs; `nss run` brings it up to date when another version of nss is installed.

@@ -43,6 +43,8 @@ OWNER = "NSS_STAGE_OWNER"
 _HOLDER = re.compile(r"\(PID (\d+)\): (.*)")
 # Exit codes of a stage that Ctrl-C ended: its own, and the signal itself.
 _INTERRUPTED = ("130", "-2")
+# DVC's list of who works where, in its folder for temporary files.
+_RWLOCK = "rwlock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = ("No space left on device", "Disk quota exceeded", "disk is full", "File too large")
 
@@ -161,8 +163,8 @@ class Pipeline:
         DVC writes both in place. Stages then come back from its run-cache. A lock file with a merge conflict is the
         user's, and stays. Raises BusyError when somebody is at work on them.
         """
-        with self._repo() as repo, repo.lock:
-            files = {Path(repo.tmp_dir, "rwlock"): json.loads, self.workspace.root / "dvc.lock": _read_lock}
+        with self._repo(mend=False) as repo, repo.lock:
+            files = {Path(repo.tmp_dir, _RWLOCK): json.loads, self.workspace.root / "dvc.lock": _read_lock}
             broken = [path for path, read in files.items() if path.is_file() and _is_broken(path, read)]
             for path in broken:
                 path.unlink()
@@ -202,12 +204,14 @@ class Pipeline:
             return "cached" if not done else "executed" if receipt.exists() else "restored"
 
     @contextmanager
-    def _repo(self) -> Iterator[Repo]:
+    def _repo(self, *, mend: bool = True) -> Iterator[Repo]:
         root = self.workspace.root
         with _listening() as heard:
             try:
                 # DVC reads names of stages, and stages out of its run-cache, relative to the current folder.
                 with chdir(root), Repo(str(root)) as repo:
+                    if mend:
+                        _drop_broken_list(repo)
                     yield repo
             except (DvcException, OSError) as error:
                 full = next(filter(None, (full_disk(each, root) for each in [error, *heard])), None)
@@ -258,6 +262,16 @@ def _is_broken(path: Path, read: Callable[[str], Any]) -> bool:
     except (ValueError, YAMLError, Invalid):
         return True
     return False
+
+
+def _drop_broken_list(repo: Repo) -> None:
+    """Remove DVC's list of who works where when a kill has cut it off: nothing else in DVC works until then."""
+    path = Path(repo.tmp_dir, _RWLOCK)
+    if path.is_file() and _is_broken(path, json.loads):
+        # Whoever is writing it holds this lock.
+        with repo.lock:
+            if path.is_file() and _is_broken(path, json.loads):
+                path.unlink()
 
 
 def _drop_damaged(repo: Repo, name: str) -> list[str]:

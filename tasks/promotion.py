@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,7 +39,7 @@ class Move:
     """
 
     id: str
-    kind: Literal["promote", "rollback"]
+    kind: Literal["promote", "rollback", "adopt"]
     name: str
     champion: int
     previous: int | None
@@ -91,9 +90,6 @@ def _fetched(workspace: Workspace, tracker: Tracker, move: Move) -> Iterator[tup
             where=tracker.uri,
             fix=f"remove {_plan(workspace)}, if it is there, to give up this {move.kind}",
         )
-    if workspace.packages and str(workspace.root) not in sys.path:
-        # Last, so that a folder of the user's never hides an installed package.
-        sys.path.append(str(workspace.root))
     with tempfile.TemporaryDirectory(prefix="nss-") as folder:
         yield version, fetch(tracker, version.source, version.model, Path(folder), workspace.packages)
 
@@ -158,7 +154,7 @@ def origin(workspace: Workspace) -> dict[str, str]:
 
 def _message(move: Move) -> str:
     title = f"Champion: {move.name} version {move.champion} ({move.verb})"
-    return title if move.kind == "promote" else f"Champion: back to {move.name} version {move.champion}"
+    return f"Champion: back to {move.name} version {move.champion}" if move.kind == "rollback" else title
 
 
 def _plan(workspace: Workspace) -> Path:

@@ -64,7 +64,10 @@ def read_gate(workspace: Workspace) -> Gate:
     >>> read_gate(find_workspace()).promoted  # doctest: +SKIP
     'extend'
     """
-    content = read_json(workspace.out("gate") / "gate.json", StageError)
+    path = workspace.out("gate") / "gate.json"
+    if not path.is_file():
+        raise StageError("the gate has not decided anything yet", where=str(path), fix="nss run")
+    content = read_json(path, StageError)
     judged = {
         each["verb"]: {"verdict": each["verdict"], "reasons": [reason["text"] for reason in each["reasons"]]}
         for each in content["judgements"]

@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import traceback
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -16,7 +15,7 @@ from typing import Any, NoReturn
 from nss.errors import NssError, StageError
 from tasks.params import STAGES, Params, load_params
 from tasks.pipeline import LOG, RECEIPT, Pipeline, StageKey, full_disk
-from tasks.workspace import Workspace, find_workspace
+from tasks.workspace import Workspace, find_workspace, with_packages
 
 CYCLE = "NSS_CYCLE_RUN_ID"
 """Environment variable with the id of the MLflow run that stages are shown under."""
@@ -42,7 +41,7 @@ def main(verb: str) -> int:
             raise StageError(f"there is no stage '{verb}'", allowed=", ".join(STAGES))
         workspace = find_workspace()
         params = load_params(workspace.params)
-        workspace = replace(workspace, packages=tuple(params.base.packages))
+        workspace = with_packages(workspace, params.base.packages)
         key = Pipeline(workspace).stage_key(verb)
         record = Record(workspace, params, verb, key)
         _work(workspace, params, verb, key)
@@ -100,9 +99,6 @@ class Record:
 
 
 def _work(workspace: Workspace, params: Params, verb: str, key: StageKey) -> None:
-    if params.base.packages:
-        # Last, so that a folder of the user's never hides an installed package.
-        sys.path.append(str(workspace.root))
     importlib.import_module(f"tasks.{verb}").run(params.group(verb), workspace)
     if Pipeline(workspace).stage_key(verb) != key:
         # DVC hashes inputs after the command: it would record the new input with the old result.

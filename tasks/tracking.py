@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,9 +40,13 @@ End = Literal["FINISHED", "FAILED", "KILLED"]
 # A database cuts longer values or refuses them, depending on its kind.
 _LONGEST_PARAM = 6000
 _LONGEST_DIGEST = 36
+# What MLflow refuses in the name of a metric; a class may be called R&D, or t-shirt (top).
+_REFUSED = re.compile(r"[^\w./: -]")
 
 # MLflow says INFO when it creates a database.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+# Nor does it draw a bar between our lines when it fetches a model.
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 _SQLITE = "sqlite:///"
 # Of the lock in a PostgreSQL database: any number that nobody else in it uses.
@@ -127,13 +132,14 @@ class Tracker:
     ) -> None:
         """Log values; the same values again change nothing.
 
-        history: one mapping of metrics for each step, from step 1.
+        history: one mapping of metrics for each step, from step 1. Characters that MLflow refuses in a metric's name
+        are _ there.
         """
         # A database takes an equal (name, step, time, value) once: the run's own start time makes logging repeatable.
         when = run.info.start_time
-        points = [Metric(name, float(value), when, 0) for name, value in (metrics or {}).items()]
+        points = [_metric(name, value, when, 0) for name, value in (metrics or {}).items()]
         for step, row in enumerate(history, start=1):
-            points += [Metric(name, float(value), when, step) for name, value in row.items()]
+            points += [_metric(name, value, when, step) for name, value in row.items()]
         pairs = [Param(name, str(value)[:_LONGEST_PARAM]) for name, value in (params or {}).items()]
         marks = [RunTag(name, str(value)) for name, value in (tags or {}).items()]
         for start in range(0, max(len(points), len(pairs), len(marks)), 100):
@@ -159,6 +165,10 @@ class Tracker:
         self.client.finalize_logged_model(model.model_id, "READY")
         self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         return model.model_id
+
+
+def _metric(name: str, value: float, when: int, step: int) -> Metric:
+    return Metric(_REFUSED.sub("_", name), float(value), when, step)
 
 
 def tracking_uri(workspace: Workspace) -> str:

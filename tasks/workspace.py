@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nss.errors import NssError, StageError
@@ -68,6 +70,19 @@ def find_workspace(start: Path | None = None) -> Workspace:
         where=str(here),
         fix="change into the repository",
     )
+
+
+def with_packages(workspace: Workspace, packages: Iterable[str]) -> Workspace:
+    """Return the workspace with the packages that factories may come from; they may lie in its own folder.
+
+    >>> with_packages(find_workspace(), ["my_nets"]).packages  # doctest: +SKIP
+    ('my_nets',)
+    """
+    found = tuple(packages)
+    if found and str(workspace.root) not in sys.path:
+        # Last, so that a folder of the user's never hides an installed package.
+        sys.path.append(str(workspace.root))
+    return replace(workspace, packages=found)
 
 
 def require_same_source(folder: Path, **digests: str) -> None:

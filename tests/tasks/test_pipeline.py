@@ -318,3 +318,16 @@ def test_data_that_dvc_knows_is_committed_only_when_it_changed(toy: Workspace) -
     shutil.rmtree(toy.data)
     pipeline.restore("data.dvc")
     assert (toy.data / "x").read_text() == "2"
+
+
+def test_a_kill_that_cut_off_dvcs_list_of_who_works_where_keeps_nobody_from_adding_data(toy: Workspace) -> None:
+    pipeline = Pipeline(toy)
+    toy.data.mkdir()
+    (toy.data / "x").write_text("1")
+    pipeline.add_data()
+    before = (toy.root / "data.dvc").read_bytes()
+    (toy.data / "x").write_text("2")
+    (toy.root / ".dvc" / "tmp" / "rwlock").write_text("")
+    pipeline.add_data()
+    assert pipeline.has_changed_data() is False
+    assert (toy.root / "data.dvc").read_bytes() != before

@@ -207,3 +207,10 @@ def test_the_users_own_limits_for_requests_win(silent: int, monkeypatch: pytest.
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
     # MLflow's own seven tries would take minutes.
     assert int(os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]) <= 2
+
+
+def test_a_class_may_have_a_name_that_no_metric_can_have(tracker: Tracker) -> None:
+    run = tracker.open("x", {"stage": "a"}, {})
+    tracker.log(run, metrics={"class/t-shirt (top)": 0.5, "class/größe": 1.0}, history=[{"R&D": 2.0}])
+    found = tracker.client.get_run(run.info.run_id).data.metrics
+    assert found == {"class/t-shirt _top_": 0.5, "class/größe": 1.0, "R_D": 2.0}

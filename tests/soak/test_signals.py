@@ -1,0 +1,64 @@
+"""A cycle that is told to stop while it trains, once and twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+pytestmark = pytest.mark.soak
+
+
+def stages_of(copy) -> list[psutil.Process]:
+    found = [each for each in psutil.process_iter(["cwd", "cmdline"]) if each.info["cwd"] == str(copy.root)]
+    return [each for each in found if (each.info["cmdline"] or [])[-2:-1] == ["stage"]]
+
+
+def prefect_states(server: str, process: str) -> list[str]:
+    """States of the runs of a process."""
+    kind = FlowRunFilter(tags=FlowRunFilterTags(all_=[f"nss.process={process}"]))
+    with temporary_settings({PREFECT_API_URL: server}), get_client(sync_client=True) as client:
+        return [run.state_name for run in client.read_flow_runs(flow_run_filter=kind)]
+
+
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Have Ctrl-C mean something: whoever was started in the background ignores it, and so does what they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGTERM, signal.SIGTERM], [signal.SIGINT]])
+def test_a_cycle_that_is_stopped_while_it_trains_ends_killed_everywhere(
+    copy, wait_for, server: str, signals: list[signal.Signals]
+) -> None:
+    copy.edit("params.yaml", "\n  epochs: 4\n", "\n  epochs: 4000\n")
+    # In a group of its own, as a shell with job control starts it.
+    process = subprocess.Popen(["nss", "run"], cwd=copy.root, env=copy.env, stdout=subprocess.DEVNULL, process_group=0)
+    try:
+        wait_for(lambda: bool(stages_of(copy)) and copy.root.joinpath("mlflow", "tracking.db").exists(), "the stage")
+        wait_for(lambda: "RUNNING" in {run.info.status for run in copy.runs("stage")}, "its run")
+        for number in signals:
+            # A terminal interrupts all that it has started.
+            os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+            time.sleep(0.3)
+        # A shell counts the first as 143.
+        assert process.wait(300) in (-signals[0], 128 + signals[0])
+        wait_for(lambda: not stages_of(copy), "the stage to end")
+    finally:
+        for each in [process, *stages_of(copy)]:
+            each.kill()
+    runs = {run.data.tags["nss.kind"]: run for run in copy.runs()}
+    assert {kind: run.info.status for kind, run in runs.items()} == {"cycle": "KILLED", "stage": "KILLED"}
+    (state,) = prefect_states(server, runs["cycle"].data.tags["nss.process"])
+    assert state not in ("Running", "Cancelling")
