@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,9 +19,6 @@ from nss.errors import StageError
 from nss.files import text_digest
 from nss.model import load_model, model_digest
 from tasks.tracking import Tracker
-
-# MLflow would draw progress bars between our lines.
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
 _FIGURES, _LOGGED = "nss.figures", "nss.logged_model"

@@ -45,8 +45,9 @@ _REFUSED = re.compile(r"[^\w./: -]")
 
 # MLflow says INFO when it creates a database.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-# Nor does it draw a bar between our lines when it fetches a model.
+# Nor is it to draw bars between our lines when it fetches a model, or to write links of runs into what --json prints.
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 _SQLITE = "sqlite:///"
 # Of the lock in a PostgreSQL database: any number that nobody else in it uses.
