@@ -102,6 +102,7 @@ def test_four_processes_at_once_on_an_empty_database_all_succeed(database, tmp_p
     assert [(run.info.status, len(run.data.metrics)) for run in runs] == [("FINISHED", 20)] * 4
 
 
+@pytest.mark.soak
 def test_a_cycle_is_kept_in_postgresql_alone_and_the_second_finds_all_cached(copy, database, prefect) -> None:
     make_small(copy.root / "params.yaml")
     own_store = copy.root / "mlflow" / "tracking.db"

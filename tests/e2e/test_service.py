@@ -24,6 +24,7 @@ from tasks.data import add
 from tasks.provenance import data_md5
 from tasks.workspace import Workspace
 
+pytestmark = pytest.mark.soak
 ROOT = Path(__file__).resolve().parents[2]
 CRON = ("--cron", "0 3 * * *", "--timezone", "Europe/Berlin")
 # It writes down what it saw, and lasts as long as there is a file named hold.
