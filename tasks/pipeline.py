@@ -321,7 +321,10 @@ def _md5(path: Path) -> str:
 def full_disk(error: BaseException, root: Path) -> StageError | None:
     """Return what to tell a user whose disk is full, None when the error has another reason."""
     cause: BaseException | None = error
-    while cause is not None:
+    seen: set[int] = set()
+    # An exception that is raised again while it is handled may be its own context.
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
         if getattr(cause, "errno", None) in _FULL or any(words in str(cause) for words in _FULL_WORDS):
             return StageError(
                 f"there is no room left on the disk ({cause})",
@@ -335,7 +338,7 @@ def full_disk(error: BaseException, root: Path) -> StageError | None:
 def _translate(error: DvcException | OSError, root: Path) -> Exception:
     """Make DVC's error one of ours, by the deepest cause that says something."""
     causes: list[BaseException] = [error]
-    while causes[-1].__cause__ is not None:
+    while causes[-1].__cause__ is not None and causes[-1].__cause__ not in causes:
         causes.append(causes[-1].__cause__)
     for cause in causes:
         if isinstance(cause, NssError | StageCmdFailedError):

@@ -295,6 +295,14 @@ def test_a_full_disk_is_known_however_it_is_told_and_wrapped(error: Exception, t
     assert str(getattr(error, "filename", None) or tmp_path) in str(found)
 
 
+def test_errors_that_are_the_context_of_each_other_are_looked_through_once(tmp_path: Path) -> None:
+    first, second = ValueError("one"), ValueError("two")
+    first.__context__, second.__context__ = second, first
+    assert full_disk(first, tmp_path) is None
+    second.args = ("database or disk is full",)
+    assert "no room left" in full_disk(first, tmp_path).what
+
+
 def test_another_error_is_no_full_disk(tmp_path: Path) -> None:
     assert full_disk(OSError(errno.EACCES, "Permission denied"), tmp_path) is None
 
