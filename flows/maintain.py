@@ -16,7 +16,7 @@ from prefect.context import FlowRunContext
 
 from nss.errors import StageError
 from nss.files import read_json
-from tasks import journal, promotion, register, report
+from tasks import journal, promotion, register
 from tasks.champion import read_champion
 from tasks.layout import refresh_code
 from tasks.lock import exclusive
@@ -121,7 +121,7 @@ def maintain(root: str, retries: int = 0) -> CycleReport:
             gate = register.record(workspace, cycle.run_id)
             done = cycle.register(workspace, params)
             if any(each.outcome != "cached" for each in stages):
-                cycle.try_to(lambda tracker: report.log_report(tracker, cycle.run_id, workspace) or "")
+                cycle.try_to(lambda tracker: _log_report(tracker, cycle.run_id, workspace, done))
     return CycleReport(
         stages,
         cycle.run_id,
@@ -133,6 +133,17 @@ def maintain(root: str, retries: int = 0) -> CycleReport:
         version=RegisteredVersion(done.version.name, done.version.number) if done and done.version else None,
         outcome=done.outcome if done else "",
     )
+
+
+def _log_report(tracker: Tracker, run_id: str, workspace: Workspace, done: Registered | None) -> str:
+    """Log the page about the cycle, and the card of the version that it led to."""
+    # It draws: a cycle in which nothing ran need not import all that.
+    from tasks import report
+
+    report.log_report(tracker, run_id, workspace)
+    if done and done.version and done.verb:
+        report.log_card(tracker, done.version.run_id, workspace, done.verb)
+    return run_id
 
 
 def require_data(pipeline: Pipeline) -> None:
@@ -228,7 +239,6 @@ class _Cycle:
         tags = {"nss.verdict": done.verdict, "nss.outcome": done.outcome, "nss.promoted": done.verb or ""}
         if done.version:
             tags["nss.version"] = f"{done.version.name}/{done.version.number}"
-            report.log_card(tracker, done.version.run_id, workspace, done.verb)
         tracker.log(tracker.client.get_run(self.run_id), tags=tags)
         return done
 
