@@ -90,8 +90,7 @@ def _dvc(workspace: Workspace) -> str:
     from tasks.pipeline import Pipeline
 
     pipeline = Pipeline(workspace)
-    names = pipeline.stages()
-    stale = [name for name in names if not pipeline.is_clean(name)]
+    names, stale = pipeline.stages(), pipeline.stale()
     return f"{len(names)} stages, " + (f"to run: {', '.join(stale)}" if stale else "all up to date")
 
 

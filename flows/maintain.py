@@ -18,6 +18,7 @@ from nss.errors import StageError
 from nss.files import read_json
 from tasks import journal, promotion, register
 from tasks.champion import read_champion
+from tasks.data import require_committed
 from tasks.layout import refresh_code
 from tasks.lock import exclusive
 from tasks.params import Params, load_params
@@ -151,23 +152,16 @@ def require_data(pipeline: Pipeline) -> None:
 
     Raises StageError when there is none yet, when it differs or cannot be restored.
     """
-    changed = pipeline.has_changed_data()
-    if changed is None and not pipeline.workspace.data.exists():
+    if pipeline.workspace.data.exists():
+        require_committed(pipeline)
+    elif pipeline.has_changed_data() is None:
         raise StageError(
             "there are no images yet",
             where=str(pipeline.workspace.data),
             fix="`nss data add FOLDER`, a folder of class folders",
         )
-    if not changed:
-        return
-    if not pipeline.workspace.data.exists():
+    else:
         pipeline.restore("data.dvc")
-        return
-    raise StageError(
-        "data/ is not what data.dvc names",
-        where=str(pipeline.workspace.data),
-        fix="`dvc add data` to take it as the new version, `dvc checkout data.dvc` to go back",
-    )
 
 
 def require_champion(pipeline: Pipeline) -> None:
@@ -180,8 +174,8 @@ def require_champion(pipeline: Pipeline) -> None:
 
 def _stage(pipeline: Pipeline, params: Params, name: str, cycle: _Cycle, retries: int) -> StageReport:
     start = time.monotonic()
-    key = pipeline.stage_key(name)
-    task = run_stage.with_options(refresh_cache=not pipeline.is_clean(name), retries=retries)
+    key, is_clean = pipeline.look(name)
+    task = run_stage.with_options(refresh_cache=not is_clean, retries=retries)
     state = task(str(pipeline.workspace.root), name, key.digest, cycle.run_id, return_state=True)
     state.result()
     outcome = _OUTCOME[state.name]

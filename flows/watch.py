@@ -129,8 +129,7 @@ def version_of(workspace: Workspace, md5: str) -> Version:
 def is_up_to_date(workspace: Workspace) -> bool:
     """Say whether no stage has anything to do. Raises BusyError while a cycle runs."""
     with exclusive(workspace):
-        pipeline = Pipeline(workspace)
-        return all(pipeline.is_clean(name) for name in pipeline.stages())
+        return not Pipeline(workspace).stale()
 
 
 class Watcher:

@@ -16,16 +16,18 @@ from nss.data import Dataset, load_data
 from nss.errors import ModelError, StageError
 from nss.evaluate import Evaluation, evaluate
 from nss.gate import Candidate
-from nss.model import Classifier, build_model, load_model, model_digest, save_model
+from nss.model import Classifier, load_model, model_digest, save_model
 from nss.sites import find_sites
 from nss.weights import SUFFIXES, fill
+from tasks.base import untrained
 from tasks.champion import read_champion
+from tasks.data import require_committed
 from tasks.gate import figures_of
 from tasks.ledger import locked
 from tasks.lineage import find_version
 from tasks.params import BaseParams, Params
 from tasks.pipeline import Pipeline
-from tasks.promotion import Move, maintained, make, resume
+from tasks.promotion import Move, make, place_of, resume
 from tasks.provenance import data_md5, provenance_tags
 from tasks.register import Registered
 from tasks.registry import PREVIOUS, Registry, Version, figure_tags, version_key
@@ -107,12 +109,8 @@ class _Candidate:
 
 
 def _data(workspace: Workspace) -> Dataset:
-    if workspace.data.exists() and Pipeline(workspace).has_changed_data():
-        raise StageError(
-            "data/ is not what data.dvc names",
-            where=str(workspace.data),
-            fix="`dvc add data` to take it as the new version, `dvc checkout data.dvc` to go back",
-        )
+    if workspace.data.exists():
+        require_committed(Pipeline(workspace))
     return load_data(workspace.data)
 
 
@@ -161,18 +159,7 @@ def _model(
         if normalisation:
             raise ModelError("a model folder has a normalisation of its own", where=str(path), fix="leave it out")
         return load_model(path, workspace.packages)
-    mean, std = normalisation or data.split("train").pixel_statistics()
-    model = build_model(
-        base.factory,
-        data.classes,
-        data.image_shape,
-        base.seed,
-        mean=mean,
-        std=std,
-        arguments=base.arguments,
-        allow=workspace.packages,
-    )
-    return fill(model, path)
+    return fill(untrained(base, data, normalisation), path)
 
 
 def _require_fit(model: Classifier, data: Dataset, origin: str) -> None:
@@ -263,12 +250,9 @@ def _promote(
     reason: str,
 ) -> Registered:
     registry, pin = Registry(tracker, version.name), read_champion(workspace)
-    previous = registry.by_alias(PREVIOUS)
     if pin and (pin.name, pin.version, pin.model) == (version.name, version.number, version.model):
-        return Registered("", "promoted", VERB, version, previous)
-    was = maintained(workspace, registry)
-    if was and was.number != version.number:
-        previous = was
+        return Registered("", "promoted", VERB, version, registry.by_alias(PREVIOUS))
+    was, previous = place_of(workspace, registry, version)
     scores = candidate.scores
     move = Move(
         id=uuid.uuid4().hex,

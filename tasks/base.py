@@ -40,9 +40,19 @@ def run(params: BaseParams, workspace: Workspace) -> None:
         write_json(part / "champion.json", pinned)
 
 
-def _trained(params: BaseParams, data: Dataset) -> tuple[Classifier, list[Epoch]]:
-    mean, std = data.split("train").pixel_statistics()
-    model = build_model(
+def untrained(
+    params: BaseParams, data: Dataset, normalisation: tuple[Sequence[float], Sequence[float]] | None = None
+) -> Classifier:
+    """Return the network that the settings describe, for the classes and images of `data`.
+
+    normalisation: mean and standard deviation of each channel, by default those of the training split. Raises
+    ModelError for what `build_model` refuses.
+
+    >>> untrained(params.base, load_data("data")).spec.factory  # doctest: +SKIP
+    'nss.zoo:vgg_small'
+    """
+    mean, std = normalisation or data.split("train").pixel_statistics()
+    return build_model(
         params.factory,
         data.classes,
         data.image_shape,
@@ -52,6 +62,10 @@ def _trained(params: BaseParams, data: Dataset) -> tuple[Classifier, list[Epoch]
         arguments=params.arguments,
         allow=params.packages,
     )
+
+
+def _trained(params: BaseParams, data: Dataset) -> tuple[Classifier, list[Epoch]]:
+    model = untrained(params, data)
     history = train(
         model,
         data,

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from nss.files import read_json
 from tasks import journal_models, journal_stages
 from tasks.journal_candidates import NOTE, gate_note, log_candidates
-from tasks.params import Params
+from tasks.params import MAINTENANCE, Params
 from tasks.pipeline import StageKey
 from tasks.provenance import data_md5, provenance_tags
 from tasks.reading import numbers_of
@@ -67,14 +67,14 @@ def complete(tracker: Tracker, run: Run, workspace: Workspace, params: Params, v
     tracker.log_data(run.info.run_id, "data", workspace.data, data_md5(workspace), _CONTEXT[verb])
     for path in sorted([*folder.glob("*.json"), *folder.glob("*.csv")]):
         tracker.client.log_artifact(run.info.run_id, str(path))
-    if verb in _DETAILS:
+    if verb in _DETAILS and (verb not in MAINTENANCE or (folder / "model").exists()):
         _DETAILS[verb](tracker, run, workspace, key)
     tracker.end(run.info.run_id, "FINISHED")
 
 
 def _metrics(workspace: Workspace, verb: str) -> dict[str, float]:
     found = numbers_of(read_json(workspace.out(verb) / "metrics.json"))
-    names = _OWN_NAMES if verb in ("restructure", "readapt", "extend") else {}
+    names = _OWN_NAMES if verb in MAINTENANCE else {}
     return {names.get(name, name): value for name, value in found.items()}
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from mlflow.entities import Metric, Run, RunTag
+from mlflow.entities import Run
 
 from nss.files import read_json
 from tasks.pipeline import Pipeline
-from tasks.reasons import verdict_words
+from tasks.reasons import reason_lines, verdict_words
 from tasks.tracking import Tracker
 from tasks.workspace import Workspace
 
@@ -24,8 +24,6 @@ NOTE = "mlflow.note.content"
 """the tag that MLflow shows as a run's description, Markdown"""
 JUDGED_BY = "nss.judged_by"
 """the tag that names the gate's run whose figures a candidate's run holds"""
-# No store takes more of them at once.
-_MOST_METRICS = 1000
 
 
 @dataclass(frozen=True)
@@ -61,13 +59,9 @@ def _is_judged(run: Run, gate: Run) -> bool:
 
 def _log(tracker: Tracker, run: Run, model: _Model, gate: Run) -> None:
     # Not the run's own time, as for what it made itself: of two values MLflow shows the one logged later.
-    now = int(time.time() * 1000)
-    points = [Metric(name, float(value), now, 0) for name, value in model.metrics.items()]
-    for start in range(0, len(points), _MOST_METRICS):
-        tracker.client.log_batch(run.info.run_id, points[start : start + _MOST_METRICS])
+    tracker.log(run, metrics=model.metrics, when=int(time.time() * 1000))
     # Last, since it says that all is there.
-    tags = {**model.tags, JUDGED_BY: gate.info.run_id}
-    tracker.client.log_batch(run.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+    tracker.log(run, tags={**model.tags, JUDGED_BY: gate.info.run_id})
 
 
 def _models(workspace: Workspace) -> Iterator[_Model]:
@@ -113,6 +107,4 @@ def gate_note(decision: Mapping[str, Any]) -> str:
 
 
 def _candidate_note(judgement: Mapping[str, Any]) -> str:
-    lines = [f"**{judgement['verdict']}**: {verdict_words(judgement)}", ""]
-    lines += [f"- {each['verdict']}, {each['check']}: {each['text']}" for each in judgement["reasons"]]
-    return "\n".join(lines)
+    return "\n".join([f"**{judgement['verdict']}**: {verdict_words(judgement)}", "", *reason_lines(judgement)])

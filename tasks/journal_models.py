@@ -1,4 +1,7 @@
-"""What the runs of restructure, readapt and extend hold beside their files: curves, figures, pictures, the model."""
+"""What the runs of restructure, readapt and extend hold beside their files: curves, figures, pictures, the model.
+
+For stages that had something to do: the others wrote no model.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,6 @@ if TYPE_CHECKING:
 def log_restructure(tracker: Tracker, run: Run, workspace: Workspace, key: StageKey) -> None:
     """Log neurons kept by layer, what each class lost, bytes and latency."""
     folder, run_id = workspace.out("restructure"), run.info.run_id
-    if not (folder / "model").exists():
-        return  # there was nothing to do
     kept = {row["layer"]: int(row["kept"]) for row in read_csv(folder / "kept.csv")}
     change = {row["class"]: (float(row["before"]), float(row["after"])) for row in read_csv(folder / "change.csv")}
     changes = {f"val_class_change/{name}": after - before for name, (before, after) in change.items()}
@@ -63,8 +64,6 @@ def _sizes_on_disk_and_in_time(workspace: Workspace) -> dict[str, float]:
 def log_readapt(tracker: Tracker, run: Run, workspace: Workspace, key: StageKey) -> None:
     """Log accuracies over epochs, what each class gained and lost, neurons tuned by layer."""
     folder, run_id = workspace.out("readapt"), run.info.run_id
-    if not (folder / "model").exists():
-        return  # there was nothing to do
     curve = [cells_of(row) for row in read_csv(folder / "curve.csv")]
     steps = [{f"epoch_{name}": value for name, value in row.items() if name != "epoch"} for row in curve]
     # Step 0 is the original, step 1 the first epoch.
@@ -112,8 +111,6 @@ def _readapt_pictures(
 def log_extend(tracker: Tracker, run: Run, workspace: Workspace, key: StageKey) -> None:
     """Log loss and accuracy over epochs, what each class gained and lost, neurons used and free by layer."""
     folder, run_id = workspace.out("extend"), run.info.run_id
-    if not (folder / "model").exists():
-        return  # there was nothing to do
     curve = [cells_of(row) for row in read_csv(folder / "curve.csv")]
     tracker.log(run, history=[{f"epoch_{name}": row[name] for name in row if name != "epoch"} for row in curve])
     accuracies = {row["class"]: cells_of(row, "class") for row in read_csv(folder / "change.csv")}

@@ -205,6 +205,8 @@ with warnings.catch_warnings():
 
 STAGES = tuple(name for name in Params.model_fields if name != "register")
 """Verbs of the stages, in their order."""
+MAINTENANCE = ("restructure", "readapt", "extend")
+"""those that make another model of the base model"""
 
 
 def load_params(path: Path) -> Params:

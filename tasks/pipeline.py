@@ -28,6 +28,7 @@ from ruamel.yaml.error import YAMLError
 from voluptuous import Invalid
 
 from nss.errors import BusyError, NssError, StageError
+from tasks.layout import CODE
 from tasks.processes import process_id, stop
 from tasks.workspace import Workspace
 
@@ -82,18 +83,12 @@ class Pipeline:
     def stages(self) -> tuple[str, ...]:
         """Names of the stages that have a command, each after those that it depends on."""
         with self._repo() as repo:
-            graph = repo.index.graph
-            # Edges lead from a stage to what it needs; of several that could come next it is the first in dvc.yaml, as
-            # DVC itself has it: dvc.lock lists stages in the order in which they ran.
-            waiting = {stage: set(graph.successors(stage)) for stage in graph}
-            order: list[str] = []
-            while waiting:
-                ready = next(stage for stage, needs in waiting.items() if not needs)
-                del waiting[ready]
-                for needs in waiting.values():
-                    needs.discard(ready)
-                order += [ready.name] if ready.cmd else []
-            return tuple(order)
+            return tuple(stage.name for stage in _in_order(repo))
+
+    def stale(self) -> tuple[str, ...]:
+        """Names of the stages whose inputs or outputs are not what dvc.lock records, in the same order."""
+        with self._repo() as repo, repo.lock:
+            return tuple(stage.name for stage in _in_order(repo) if stage.status(check_updates=True))
 
     def stage_key(self, name: str) -> StageKey:
         """Digest what the stage depends on, as it lies in the workspace now.
@@ -102,18 +97,15 @@ class Pipeline:
         """
         with self._repo() as repo:
             (stage,) = repo.stage.collect(name)
-            rows = sorted(_dependency_rows(stage))
-        return StageKey(
-            digest=_digest([stage.cmd, rows]),
-            data=next((value for path, value in rows if path == "data"), ""),
-            code=_digest([row for row in rows if row[0].endswith(".py")]),
-            params=_digest([row for row in rows if row[0].endswith("params.yaml")]),
-        )
+            return _key(stage)
 
-    def is_clean(self, name: str) -> bool:
-        """Say whether the stage's inputs and outputs are what dvc.lock records."""
-        with self._repo() as repo:
-            return not repo.status(targets=[name])
+    def look(self, name: str) -> tuple[StageKey, bool]:
+        """Return the stage's key, and whether inputs and outputs are what dvc.lock records; dvc.yaml is read once."""
+        with self._repo() as repo, repo.lock:
+            (stage,) = repo.stage.collect(name)
+            # Before the key, for which the dependencies are hashed as they are now.
+            is_clean = not stage.status(check_updates=True)
+            return _key(stage), is_clean
 
     def has_changed_data(self) -> bool | None:
         """Say whether data/ differs from data.dvc; None when nobody versions it."""
@@ -229,6 +221,31 @@ def _listening() -> Iterator[list[BaseException]]:
         yield heard
     finally:
         _COPYING.removeHandler(handler)
+
+
+def _in_order(repo: Repo) -> Iterator[Any]:
+    """Yield the stages that have a command, each after those that it depends on."""
+    graph = repo.index.graph
+    # Edges lead from a stage to what it needs; of several that could come next it is the first in dvc.yaml, as DVC
+    # itself has it: dvc.lock lists stages in the order in which they ran.
+    waiting = {stage: set(graph.successors(stage)) for stage in graph}
+    while waiting:
+        ready = next(stage for stage, needs in waiting.items() if not needs)
+        del waiting[ready]
+        for needs in waiting.values():
+            needs.discard(ready)
+        if ready.cmd:
+            yield ready
+
+
+def _key(stage: Any) -> StageKey:
+    rows = sorted(_dependency_rows(stage))
+    return StageKey(
+        digest=_digest([stage.cmd, rows]),
+        data=next((value for path, value in rows if path == "data"), ""),
+        code=_digest([row for row in rows if row[0].endswith((".py", CODE))]),
+        params=_digest([row for row in rows if row[0].endswith("params.yaml")]),
+    )
 
 
 def _dependency_rows(stage: Any) -> Iterator[tuple[str, str]]:

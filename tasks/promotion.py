@@ -180,3 +180,10 @@ def maintained(workspace: Workspace, registry: Registry) -> Version | None:
     pin = read_champion(workspace)
     found = registry.by_number(pin.version) if pin and pin.name == registry.name else None
     return found if found and pin and found.model == pin.model else registry.by_alias(CHAMPION)
+
+
+def place_of(workspace: Workspace, registry: Registry, version: Version) -> tuple[Version | None, Version | None]:
+    """Return what is maintained before `version` is, and what a rollback is to lead back to then."""
+    was = maintained(workspace, registry)
+    # Unpinned by hand it may be the champion by alias already: what was before it stays what was before it.
+    return was, registry.by_alias(PREVIOUS) if was and was.number == version.number else was

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from nss.files import read_json
+from tasks.params import MAINTENANCE
 from tasks.workspace import Workspace
 
-_VERBS = ("restructure", "readapt", "extend")
 # Of what speaks against a candidate; all_reasons has everything.
 _SHOWN = 2
 
@@ -19,7 +19,7 @@ def triage_words(workspace: Workspace) -> dict[str, str]:
     >>> triage_words(workspace)["extend"]  # doctest: +SKIP
     'not needed: no new images'
     """
-    findings = {verb: read_json(workspace.out("triage") / f"{verb}.json") for verb in _VERBS}
+    findings = {verb: read_json(workspace.out("triage") / f"{verb}.json") for verb in MAINTENANCE}
     return {verb: ("" if each["needed"] else "not needed: ") + each["why"] for verb, each in findings.items()}
 
 
@@ -40,10 +40,14 @@ def verdict_words(judgement: Mapping[str, Any]) -> str:
     return "; ".join(good or [each["text"] for each in judgement["reasons"]])
 
 
+def reason_lines(judgement: Mapping[str, Any]) -> list[str]:
+    """Return every check of a candidate as an item of a list in Markdown."""
+    return [f"- {each['verdict']}, {each['check']}: {each['text']}" for each in judgement["reasons"]]
+
+
 def all_reasons(decision: Mapping[str, Any]) -> str:
     """Return every check of every candidate as Markdown."""
     lines = [f"# {decision['verdict']}: {decision['promoted'] or 'no candidate'} is promoted"]
     for judgement in decision["judgements"]:
-        lines += ["", f"## {judgement['verb']}: {judgement['verdict']}", ""]
-        lines += [f"- {each['verdict']}, {each['check']}: {each['text']}" for each in judgement["reasons"]]
+        lines += ["", f"## {judgement['verb']}: {judgement['verdict']}", "", *reason_lines(judgement)]
     return "\n".join(lines) + "\n"

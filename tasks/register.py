@@ -19,7 +19,7 @@ from tasks.commits import CYCLE, commit
 from tasks.ledger import append, locked, read_ledger
 from tasks.params import Params
 from tasks.pipeline import Pipeline
-from tasks.promotion import ROLLED_BACK, Move, maintained, make, origin, resume
+from tasks.promotion import ROLLED_BACK, Move, maintained, make, origin, place_of, resume
 from tasks.provenance import provenance_tags
 from tasks.registry import CANDIDATE, PREVIOUS, Registry, Version, figure_tags, version_key
 from tasks.tracking import Tracker
@@ -180,10 +180,8 @@ def move_to(
 ) -> Registered:
     """Make a version of one of the gate's candidates the champion."""
     verb = version.tags["nss.verb"]
-    registry, judged = Registry(tracker, version.name), gate.candidates[verb]
-    was = maintained(workspace, registry)
-    # Unpinned by hand it may be the champion by alias already: what was before it stays what was before it.
-    previous = registry.by_alias(PREVIOUS) if was and was.number == version.number else was
+    judged = gate.candidates[verb]
+    was, previous = place_of(workspace, Registry(tracker, version.name), version)
     move = Move(
         id=uuid.uuid4().hex,
         kind="promote",
@@ -262,7 +260,7 @@ def _choose(gate: Gate, verb: str | None, forced: bool) -> str:
 
 def _require_current(workspace: Workspace) -> None:
     pipeline = Pipeline(workspace)
-    changed = next((name for name in pipeline.stages() if not pipeline.is_clean(name)), None)
+    changed = next(iter(pipeline.stale()), None)
     if pipeline.has_changed_data():
         changed = "data"
     if changed is None and is_about_the_champion(workspace):

@@ -12,11 +12,11 @@ from nss.data import Dataset, load_data
 from nss.errors import StageError
 from nss.files import read_json, read_tensors, text_digest
 from nss.weight_masks import MASK
+from tasks.params import MAINTENANCE
 from tasks.reading import read_csv
 from tasks.reasons import verdict_words
 from tasks.workspace import Workspace
 
-MAINTENANCE = ("restructure", "readapt", "extend")
 _SLICED = ("slice", "triage", *MAINTENANCE)
 
 

@@ -130,14 +130,16 @@ class Tracker:
         metrics: Mapping[str, float] | None = None,
         history: Sequence[Mapping[str, float]] = (),
         tags: Mapping[str, str] | None = None,
+        when: int | None = None,
     ) -> None:
         """Log values; the same values again change nothing.
 
         history: one mapping of metrics for each step, from step 1. Characters that MLflow refuses in a metric's name
-        are _ there.
+        are _ there. when: milliseconds since 1970, of two values of a metric the one that counts is the later one; by
+        default the run's own start.
         """
         # A database takes an equal (name, step, time, value) once: the run's own start time makes logging repeatable.
-        when = run.info.start_time
+        when = when or run.info.start_time
         points = [_metric(name, value, when, 0) for name, value in (metrics or {}).items()]
         for step, row in enumerate(history, start=1):
             points += [_metric(name, value, when, step) for name, value in row.items()]

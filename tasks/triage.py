@@ -10,11 +10,9 @@ from nss.latency import measure_latency
 from nss.model import Classifier, load_model, model_digest
 from nss.triage import TriageSettings, triage
 from tasks.batches import known_and_new
-from tasks.params import TriageParams
+from tasks.params import MAINTENANCE, TriageParams
 from tasks.sizes import sizes_of
 from tasks.workspace import Workspace
-
-VERBS = ("restructure", "readapt", "extend")
 
 
 def run(params: TriageParams, workspace: Workspace) -> None:
@@ -34,7 +32,7 @@ def run(params: TriageParams, workspace: Workspace) -> None:
         sizes=_sizes(model, folder, settings),
         settings=settings,
     )
-    findings = {verb: asdict(getattr(found, verb)) for verb in VERBS}
+    findings = {verb: asdict(getattr(found, verb)) for verb in MAINTENANCE}
     with replacing(workspace.out("triage")) as part:
         part.mkdir()
         for verb, finding in findings.items():

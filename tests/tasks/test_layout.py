@@ -123,10 +123,16 @@ def test_other_code_is_another_digest_for_the_stages_that_run_it(tmp_path: Path,
 def test_an_upgrade_names_the_stages_it_changes_once(tmp_path: Path, monkeypatch) -> None:
     workspace = lay_out(tmp_path / "cats", "cats").workspace
     assert refresh_code(workspace) == ()
+    for out in ("artifacts/base/model", "artifacts/base/source.json", "artifacts/profile/profile.safetensors"):
+        (workspace.root / out).parent.mkdir(parents=True, exist_ok=True)
+        (workspace.root / out).touch()
+    (workspace.root / "artifacts" / "profile" / "source.json").touch()
+    before = Pipeline(workspace).stage_key("slice").code
     current = {**code_digests(), "slice": "another"}
     monkeypatch.setattr(layout, "code_digests", lambda: current)
     assert refresh_code(workspace) == ("slice",)
     assert read(workspace.root / CODE) == current
+    assert Pipeline(workspace).stage_key("slice").code != before
     assert refresh_code(workspace) == ()
 
 

@@ -39,13 +39,28 @@ def test_of_stages_that_could_both_come_next_the_first_in_dvc_yaml_does(toy: Wor
 
 def test_a_first_reproduction_executes_and_a_second_finds_all_there(toy: Workspace) -> None:
     pipeline = Pipeline(toy)
-    assert not pipeline.is_clean("first")
+    assert not pipeline.look("first")[1]
+    assert pipeline.stale() == ("first", "second")
     assert pipeline.reproduce("first") == "executed"
+    assert pipeline.stale() == ("second",)
     pipeline.reproduce("second")
     assert (toy.root / "second.txt").read_text() == "one\n"
-    assert pipeline.is_clean("first")
+    assert pipeline.look("first")[1]
+    assert pipeline.stale() == ()
     assert pipeline.reproduce("first") == "cached"
     assert runs(toy) == 1
+
+
+def test_a_changed_input_is_seen_as_changed_and_is_in_the_key_at_one_look(toy: Workspace) -> None:
+    pipeline = Pipeline(toy)
+    pipeline.reproduce("first")
+    pipeline.reproduce("second")
+    before, was_clean = pipeline.look("first")
+    (toy.root / "in.txt").write_text("two\n")
+    after, is_clean = pipeline.look("first")
+    assert (was_clean, is_clean) == (True, False)
+    assert before != after == pipeline.stage_key("first")
+    assert pipeline.stale() == ("first",)
 
 
 def test_a_deleted_output_is_restored_without_running(toy: Workspace) -> None:

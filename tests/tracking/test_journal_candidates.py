@@ -80,6 +80,16 @@ def test_candidates_get_the_same_figures_under_the_same_names(tracker, workspace
         assert data_of(tracker, runs[verb]).metrics == expected
 
 
+def test_a_class_whose_name_no_metric_can_have_is_judged_all_the_same(tracker, workspace) -> None:
+    run_id = stage_run(tracker, "restructure")
+    judge(workspace, {"restructure": 0.875})
+    path = workspace.out("evaluate") / "candidates.json"
+    path.write_text(path.read_text().replace('"cat"', '"R&D"'))
+    gate = gate_run(tracker, workspace)
+    assert data_of(tracker, run_id).metrics["class/R_D"] == 0.875
+    assert data_of(tracker, run_id).tags["nss.judged_by"] == gate
+
+
 def test_candidates_carry_their_verdict_and_its_reasons(tracker, workspace) -> None:
     run_id = stage_run(tracker, "restructure")
     gate = gate_run(tracker, workspace)
@@ -136,10 +146,10 @@ def test_logging_that_broke_off_is_done_again(tracker, workspace, monkeypatch) -
     gate = tracker.client.get_run(stage_run(tracker, "gate"))
     log_batch = tracker.client.log_batch
 
-    def lose_tags(run_id: str, *arguments: Any, **named: Any) -> None:
-        if "tags" in named:
+    def lose_tags(run_id: str, metrics: Any, params: Any, tags: Any) -> None:
+        if tags:
             raise ConnectionError("the store is away")
-        log_batch(run_id, *arguments, **named)
+        log_batch(run_id, metrics, params, tags)
 
     with monkeypatch.context() as patch:
         patch.setattr(tracker.client, "log_batch", lose_tags)
