@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,10 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import rich.table
 import torch
 from filelock import FileLock
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from nss.base import train
@@ -36,6 +37,8 @@ NPZ = Path(os.environ.get("NSS_BENCH_DATA", Path.home() / ".cache" / "nss-datase
 # Epochs of the base models: few enough for two cores, the same for every method.
 EPOCHS = {"digits": 15, "cifar10": 12}
 DEFAULT_EPOCHS = 5
+BATCH, RATE = 128, 0.1
+LATER = "left to a later run"
 SHOWN = ("torch", "torchvision", "numpy", "scikit-learn", "captum", "torch-pruning")
 
 Row = dict[str, Any]
@@ -51,10 +54,29 @@ class Settings:
     seeds: tuple[int, ...]
     quick: bool
     command: str
+    times: bool = True
+    """whether what takes a quiet machine is measured: latencies, times of steps and to a target"""
+    keep: bool = False
+    """whether the rows of a finished subject are kept in the repository"""
+    stored: bool = False
+    """whether only subjects whose rows are kept there are taken, and nothing is measured"""
 
     def subjects(self) -> Iterator[tuple[str, str, int]]:
         """Yield each data set, factory and seed."""
         return itertools.product(self.data, self.models, self.seeds)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Some rows of a summary, as they are shown to people."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[Row]
+
+    def filled(self) -> tuple[str, ...]:
+        """Return the columns that have a value in any row."""
+        return tuple(name for name in self.columns if any(row.get(name) is not None for row in self.rows))
 
 
 @dataclass
@@ -65,29 +87,60 @@ class Report:
     protocol: Mapping[str, Any]
     rows: list[Row] = field(default_factory=list)
     summary: list[Row] = field(default_factory=list)
+    stored: list[Row] = field(default_factory=list)
+    """of each subject whose rows came from the repository: what it was measured with"""
 
-    def write(self, path: Path, *, rows: bool = True) -> None:
-        """Write the result file, with or without the rows that the summary is made of."""
-        write_json(
-            path,
-            {
-                "bench": self.settings.bench,
-                "command": self.settings.command,
-                "versions": versions(),
-                "machine": machine(),
-                "protocol": dict(self.protocol),
-                "rows": self.rows if rows else [],
-                "summary": _rounded(self.summary),
-            },
-        )
+    def write(self, path: Path, *, rows: bool = True, spent: Mapping[str, float] | None = None) -> None:
+        """Write the result file, with or without the rows that the summary is made of. spent: seconds it took."""
+        content = {
+            "bench": self.settings.bench,
+            "command": self.settings.command,
+            "versions": versions(),
+            "machine": machine(),
+            "spent": rounded(dict(spent or {})),
+            "protocol": dict(self.protocol),
+            "stored": self.stored,
+            "rows": self.rows if rows else [],
+            "summary": rounded(self.summary),
+        }
+        write_json(path, {name: value for name, value in content.items() if value or name not in ("spent", "stored")})
 
 
-def _rounded(rows: Iterable[Row]) -> list[Row]:
+def said(settings: Settings, protocol: Mapping[str, Any], left_out: str) -> dict[str, Any]:
+    """Return a protocol with the subjects that were asked for and what a quick run, or one without times, left out."""
+    subjects = {"data": settings.data, "models": settings.models, "seeds": settings.seeds}
+    quick = {"quick": left_out} if settings.quick else {}
+    times = {} if settings.times else {"times": LATER}
+    return {**protocol, "subjects": {name: list(each) for name, each in subjects.items()}, **quick, **times}
+
+
+def is_quick(result: Mapping[str, Any]) -> bool:
+    """Say whether a result file is of a quick run."""
+    return "--quick" in result["command"].split()
+
+
+def used(seconds: float) -> dict[str, float]:
+    """Return what a run took: wall seconds, as given, and CPU seconds of this process and of those it started."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return {"seconds": seconds, "cpu_seconds": sum(each.ru_utime + each.ru_stime for each in usages)}
+
+
+def spent_before(path: Path, protocol: Mapping[str, Any], spent: Mapping[str, float]) -> dict[str, float]:
+    """Return what a result took, with what the run took whose times it completes, if that is what lies there."""
+    before: Mapping[str, float] = {}
+    if "times" not in protocol and path.exists():
+        found = read_json(path)
+        before = found["spent"] if found["protocol"] == {**protocol, "times": LATER} else {}
+    return {name: value + before.get(name, 0.0) for name, value in spent.items()}
+
+
+def rounded(content: Any) -> Any:
     """Six significant digits: what is behind them differs between machines, and files that are kept stay small."""
-    return [
-        {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
-        for row in rows
-    ]
+    if isinstance(content, float):
+        return float(f"{content:.6g}")
+    if isinstance(content, Mapping):
+        return {name: rounded(value) for name, value in content.items()}
+    return [rounded(each) for each in content] if isinstance(content, list | tuple) else content
 
 
 def versions() -> dict[str, str]:
@@ -126,6 +179,11 @@ def _npz(name: str) -> Path:
     return path
 
 
+def training(name: str) -> dict[str, float]:
+    """Return how base models of a data set are trained."""
+    return {"epochs": EPOCHS.get(name, DEFAULT_EPOCHS), "batch_size": BATCH, "learning_rate": RATE}
+
+
 def base_model(data: Dataset, name: str, factory: str, seed: int) -> Classifier:
     """Return the base model of (data, factory, seed), trained once and kept for all benchmarks."""
     epochs = EPOCHS.get(name, DEFAULT_EPOCHS)
@@ -136,7 +194,7 @@ def base_model(data: Dataset, name: str, factory: str, seed: int) -> Classifier:
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             model = build_model(factory, data.classes, data.image_shape, seed, mean=mean, std=std)
-            train(model, data, epochs, seed, batch_size=128, learning_rate=0.1)
+            train(model, data, epochs, seed, batch_size=BATCH, learning_rate=RATE)
             save_model(model, folder)
     return load_model(folder)
 
@@ -215,17 +273,24 @@ def mean_and_spread(rows: Iterable[Row], by: Sequence[str], values: Sequence[str
     return summary
 
 
-def show(title: str, rows: Sequence[Row], columns: Sequence[str]) -> None:
-    """Print rows as a table."""
-    table = Table(title=title)
-    for column in columns:
-        table.add_column(column, justify="right" if rows and isinstance(rows[0].get(column), (int, float)) else "left")
-    for row in rows:
-        table.add_row(*(_text(row.get(column)) for column in columns))
-    Console(width=160).print(table)
+def show(tables: Iterable[Table]) -> None:
+    """Print tables."""
+    for table in tables:
+        printed = rich.table.Table(title=table.title)
+        for column in table.filled():
+            printed.add_column(column, justify="right" if is_number(table, column) else "left")
+        for row in table.rows:
+            printed.add_row(*(text(row.get(column)) for column in table.filled()))
+        Console(width=160).print(printed)
 
 
-def _text(value: Any) -> str:
+def is_number(table: Table, column: str) -> bool:
+    """Say whether a column holds numbers."""
+    return any(isinstance(row.get(column), int | float) for row in table.rows)
+
+
+def text(value: Any) -> str:
+    """Return what is shown of a value: four significant digits of a number, nothing where there is none."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return "" if value is None else str(value)

@@ -21,7 +21,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from ruamel.yaml import YAML
 
-from bench.common import Report, Row, Settings, show
+from bench.common import Report, Row, Settings, Table, said, show
 from flows.launch import Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,19 +41,26 @@ PROTOCOL = {
     "taken": f"{REPEATS} times in turn, the medians are shown",
     STAGE: "a run in which readapt, which has nothing to do, is executed, less the run with nothing to do before it",
 }
+LEFT_OUT = f"{QUICK_REPEATS} times in turn in place of {REPEATS}"
+COLUMNS = "median seconds and the worst, the limit that is set for the median, and whether it keeps within."
 _FOREIGN = ("MLFLOW_", "PREFECT_", "DVC_", "NSS_", "GIT_")
 
 
 def run(settings: Settings) -> Report:
     """Time every case; nothing is taken from the cache."""
-    report = Report(settings, PROTOCOL)
+    report = Report(settings, said(settings, PROTOCOL, LEFT_OUT))
     with tempfile.TemporaryDirectory(prefix="nss-bench-") as folder, served(Path(folder) / "prefect") as url:
         bench = Bench(Path(folder) / "repository", url)
         bench.prepare(next(iter(settings.models), FACTORY))
         report.rows = timed(bench.cases(), QUICK_REPEATS if settings.quick else REPEATS)
     report.summary = summarise(report.rows)
-    show("what the pipeline costs, in seconds", report.summary, ["method", "seconds", "worst", "limit", "within"])
+    show(tables(report.summary))
     return report
+
+
+def tables(summary: Sequence[Row]) -> list[Table]:
+    """Return what is shown of a summary."""
+    return [Table("what the pipeline costs, in seconds", ("method", "seconds", "worst", "limit", "within"), summary)]
 
 
 @contextmanager

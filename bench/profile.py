@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, fx, nn
 
-from bench.common import Report, Row, Settings, dataset, show
+from bench.common import Report, Row, Settings, Table, dataset, said, show
 from nss import operations as ops
 from nss.anatomy import trace
 from nss.model import Classifier, build_model
@@ -23,34 +23,47 @@ from nss.profile import METRICS, profile
 from nss.sites import find_sites
 
 BATCH = 128
-REPEATS = 5
+REPEATS, QUICK_REPEATS = 5, 2
+IMAGES, QUICK_IMAGES = 4 * BATCH, BATCH
 PLAIN = "plain forward + backward"
 FOUR = "avg, var, ens, taylor + Gram"
 FIVE = "the same + deeplift"
 ALONE = "deeplift alone"
 CAPTUM = "Captum LayerDeepLift, layer by layer"
 PROTOCOL = {
-    "what": "seconds for the same images through each method, median of 5 after a warm-up, methods in turn",
+    "what": f"seconds for the same {IMAGES} images through each method, median of {REPEATS} after a warm-up, methods "
+    "in turn",
     "batch": BATCH,
     "plain": "evaluation mode, cross-entropy, gradients of all parameters",
     "captum": "torch.fx graph with a ReLU of its own for every call (Captum refuses reused ones); one layer a call",
     "memory": "peak resident size of a fresh process at 1 and 8 times the images",
 }
+LEFT_OUT = f"{QUICK_IMAGES} images in place of {IMAGES}, {QUICK_REPEATS} repeats in place of {REPEATS}"
+COLUMNS = (
+    "seconds of one pass, ratio to a plain forward and backward; peak_mb of a process that sees eight times the "
+    "images, memory_ratio to one that sees them once."
+)
 
 
 def run(settings: Settings) -> Report:
     """Measure every model on every data set."""
-    report = Report(settings, {**PROTOCOL, "images": _count(settings)})
+    report = Report(settings, said(settings, PROTOCOL, LEFT_OUT))
     for name in settings.data:
         for factory in settings.models:
             report.rows += _measure(name, factory, settings)
     report.summary = report.rows
-    show("cost of one pass", report.rows, ["data", "model", "method", "seconds", "ratio", "peak_mb", "memory_ratio"])
+    show(tables(report.summary))
     return report
 
 
+def tables(summary: Sequence[Row]) -> list[Table]:
+    """Return what is shown of a summary."""
+    shown = ("data", "model", "method", "seconds", "ratio", "peak_mb", "memory_ratio")
+    return [Table("cost of one pass", shown, summary)]
+
+
 def _count(settings: Settings) -> int:
-    return BATCH if settings.quick else 4 * BATCH
+    return QUICK_IMAGES if settings.quick else IMAGES
 
 
 def prepare(name: str, factory: str, count: int) -> tuple[Classifier, Tensor, Tensor]:
@@ -72,7 +85,7 @@ def _measure(name: str, factory: str, settings: Settings) -> list[Row]:
         ALONE: lambda: profile(model, (images, labels), ["deeplift"], batch_size=BATCH, gram=False),
         CAPTUM: _captum(model, images, labels),
     }
-    times = _in_turn(methods, 2 if settings.quick else REPEATS)
+    times = _in_turn(methods, QUICK_REPEATS if settings.quick else REPEATS)
     memory = _memory(name, factory, _count(settings))
     plain = statistics.median(times[PLAIN])
     rows = []

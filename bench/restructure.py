@@ -1,15 +1,17 @@
 """Restructuring against torch-pruning: accuracy at the same share of the multiply-adds, before and after fine-tuning.
 
 Everybody gets the same images, for statistics of BatchNorm taken again and for a fine-tune of the same steps, order and
-learning rate. Latencies are taken last, of the saved models, once for each number of threads: run again with
-OMP_NUM_THREADS=2 on a quiet machine, and only they are measured.
+learning rate. Latencies are taken last, of the saved models, once for each number of threads: run again on a quiet
+machine, and only they are measured.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,22 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bench.common import CACHE, Report, Row, Settings, Subject, digest, knowledge, mean_and_spread, resumed, show
+from bench.common import (
+    CACHE,
+    Report,
+    Row,
+    Settings,
+    Subject,
+    Table,
+    digest,
+    knowledge,
+    mean_and_spread,
+    resumed,
+    said,
+    show,
+    training,
+)
+from bench.kept import add_subjects
 from bench.peers import CAP, PEERS, prune, taylor_gradients
 from nss.evaluate import Evaluation, evaluate
 from nss.finetune import fine_tune
@@ -36,20 +53,32 @@ BUDGETS = (0.5, 0.25, 0.1)
 OURS = ("nss", "nss-8", "nss-cut")
 ALIGNED = 8
 """channels that a layer of nss-8 keeps a multiple of"""
-QUICK = ("nss", "tp-magnitude-local", "tp-taylor-local")
 PER_CLASS = 500
 CALIBRATION = 400
-IMAGES = 20_000
-EPOCHS = 2
 BATCH = 128
 LEARNING_RATE = 0.02
 REPEATS = 30
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured."""
+
+    budgets: tuple[float, ...]
+    images: int
+    """to fine-tune on"""
+    epochs: int
+
+
+WHOLE = Size(BUDGETS, images=20_000, epochs=2)
+SMALL = Size(BUDGETS[:2], images=4000, epochs=1)
+METHODS = (*OURS, *PEERS)
 BY = ("data", "model", "budget", "method")
 SIZES = ("macs", "params", "removed", "masked", "bytes", "latency_ms", "latency_1_ms", "speedup")
 BEFORE = ("accuracy_before", "lost_before", "worst_before")
 AFTER = ("accuracy", "worst_class", "original", "original_worst")
 AHEAD = {"ahead_before": "accuracy_before", "ahead": "accuracy", "worst_ahead": "worst_class"}
-TABLES = {
+SHOWN = {
     "before any gradient step": ("macs", *BEFORE, "ahead_before"),
     "after fine-tuning": ("macs", *AFTER, "ahead", "worst_ahead"),
     "size": SIZES,
@@ -61,7 +90,7 @@ PROTOCOL = {
     "peers": f"torch-pruning's defaults in one step, at most {CAP:.0%} of a layer, the head stays",
     "seen": f"profile and Taylor gradients: first {PER_CLASS} training images of each category",
     "statistics": f"BatchNorm taken again on the first {CALIBRATION} training images of each category (nss-cut, peers)",
-    "fine-tune": f"the first {IMAGES} training images, {EPOCHS} epochs (--quick: 1) of batches of {BATCH}, "
+    "fine-tune": f"the first {WHOLE.images} training images, {WHOLE.epochs} epochs of batches of {BATCH}, "
     f"SGD with Nesterov 0.9, weight decay 5e-4, one-cycle to {LEARNING_RATE}: the same for every method",
     "judged on": "the whole test split, once before the first gradient step and once after the last",
     "ahead": "mean of nss less that of the best peer in that very column",
@@ -70,17 +99,46 @@ PROTOCOL = {
     "latency": f"median milliseconds, all models in turn, {REPEATS} calls each; latency_ms: batch of 64",
     "seconds": "from the profile (nss) or the gradients (Taylor) to the model, before fine-tuning",
 }
+LEFT_OUT = (
+    f"budgets but {' and '.join(map(str, SMALL.budgets))}; fine-tuned on {SMALL.images} images, epochs: {SMALL.epochs}"
+)
+COLUMNS = (
+    "budget is the share of the multiply-adds asked for, macs what is left, params of the weights; lost_before and "
+    "accuracy_before: before any gradient step, accuracy: after fine-tuning, worst: of the worst class; ahead: nss "
+    "less the best of torch-pruning in that very column; latencies in milliseconds for 64 images and for one."
+)
 
 
 def run(settings: Settings) -> Report:
     """Measure every combination; finished ones are taken from the cache."""
-    report = Report(settings, {**PROTOCOL, "threads": torch.get_num_threads()})
-    for name, factory, seed in settings.subjects():
-        report.rows += _one(_Subject(name, factory, seed), settings)
+    report = Report(settings, said(settings, PROTOCOL, LEFT_OUT))
+    size = SMALL if settings.quick else WHOLE
+
+    def measure(*subject: Any) -> list[Row]:
+        return _one(_Subject(*subject), size, times=settings.times)
+
+    add_subjects(report, lambda name: {"base": training(name), **_terms(size)}, measure)
     report.summary = _against_the_best(report.rows)
-    for title, columns in TABLES.items():
-        show(f"restructuring against torch-pruning: {title}", report.summary, [*BY, *columns])
+    show(tables(report.summary))
     return report
+
+
+def tables(summary: Sequence[Row]) -> list[Table]:
+    """Return what is shown of a summary."""
+    return [
+        Table(f"restructuring against torch-pruning: {title}", (*BY, *columns), summary)
+        for title, columns in SHOWN.items()
+    ]
+
+
+def _terms(size: Size) -> Row:
+    """Return what decides the rows of a subject."""
+    return {**_numbers(size), "methods": [*METHODS], "budgets": [*size.budgets], "aligned": ALIGNED, "cap": CAP}
+
+
+def _numbers(size: Size) -> Row:
+    tuning = [size.images, size.epochs, BATCH, LEARNING_RATE]
+    return {"per_class": PER_CLASS, "calibration": CALIBRATION, "fine_tune": tuning}
 
 
 def _against_the_best(rows: Sequence[Row]) -> list[Row]:
@@ -144,39 +202,30 @@ class _Subject(Subject):
         assert isinstance(smaller, Classifier)
         return smaller
 
-    def fine_tune(self, smaller: Classifier, epochs: int) -> None:
+    def fine_tune(self, smaller: Classifier, size: Size) -> None:
         """Train as every method does."""
-        images, labels = (each[:IMAGES] for each in self.train)
-        steps = epochs * max(1, len(images) // BATCH)
+        images, labels = (each[: size.images] for each in self.train)
+        steps = size.epochs * max(1, len(images) // BATCH)
         fine_tune(smaller, (images, labels), steps, self.seed, learning_rate=LEARNING_RATE, batch_size=BATCH)
 
 
-def _one(subject: _Subject, settings: Settings) -> list[Row]:
+def _one(subject: _Subject, size: Size, *, times: bool) -> list[Row]:
     identity = {"data": subject.name, "model": subject.factory, "seed": subject.seed}
-    epochs = 1 if settings.quick else EPOCHS
     rows: list[Row] = []
-    for budget in BUDGETS[:2] if settings.quick else BUDGETS:
-        for method in QUICK if settings.quick else (*OURS, *PEERS):
-            key = {
-                **identity,
-                "weights": model_digest(subject.model),
-                "per_class": PER_CLASS,
-                "calibration": CALIBRATION,
-                "fine_tune": [IMAGES, epochs, BATCH, LEARNING_RATE],
-                "method": method,
-                "budget": budget,
-            }
-            folder = CACHE / "restructured" / digest(key)
+    for budget, method in itertools.product(size.budgets, METHODS):
+        key = {**identity, "weights": model_digest(subject.model), **_numbers(size)}
+        key |= {"method": method, "budget": budget}
+        folder = CACHE / "restructured" / digest(key)
 
-            def measure(method: str = method, budget: float = budget, folder: Path = folder) -> list[Row]:
-                judged = _judge(subject, method, budget, epochs, folder)
-                return [{**identity, "method": method, "budget": budget, **judged}]
+        def measure(method: str = method, budget: float = budget, folder: Path = folder) -> list[Row]:
+            judged = _judge(subject, method, budget, size, folder)
+            return [{**identity, "method": method, "budget": budget, **judged}]
 
-            rows += resumed("restructure", key, measure)
-    return _timed(subject, identity, rows)
+        rows += resumed("restructure", key, measure)
+    return _timed(subject, identity, rows) if times else rows
 
 
-def _judge(subject: _Subject, method: str, budget: float, epochs: int, folder: Path) -> Row:
+def _judge(subject: _Subject, method: str, budget: float, tuned: Size, folder: Path) -> Row:
     subject.prepare(method)
     start = time.perf_counter()
     smaller = subject.make(method, budget)
@@ -184,7 +233,7 @@ def _judge(subject: _Subject, method: str, budget: float, epochs: int, folder: P
     test = subject.data.split("test")
     before = evaluate(smaller, test)
     size = _size(subject.model, smaller)
-    subject.fine_tune(smaller, epochs)
+    subject.fine_tune(smaller, tuned)
     after = evaluate(smaller, test)
     save_model(smaller, folder)
     return {

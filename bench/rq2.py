@@ -7,15 +7,29 @@ the base model over weights that are neither removed nor masked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench.common import Report, Row, Settings, base_model, dataset, knowledge, mean_and_spread, resumed, show
-from nss.data import Dataset
+from bench.common import (
+    Report,
+    Row,
+    Settings,
+    Subject,
+    Table,
+    knowledge,
+    mean_and_spread,
+    resumed,
+    said,
+    show,
+    training,
+)
+from bench.kept import add_subjects
+from nss.data import Data
 from nss.evaluate import evaluate
 from nss.model import Classifier, model_digest
 from nss.prune_weights import SCHEMES, prune_weights_iteratively
@@ -24,19 +38,34 @@ from nss.size import count_parameters
 from nss.weight_masks import count_prunable
 
 SETTINGS = ("dense", "pre-slice")
-QUICK = ("lamp",)
 MACS = 0.5
 PER_CLASS = 500
-STEP, TOLERANCE, ITERATIONS = 0.2, 0.01, 30
+TOLERANCE, BATCH, RATE = 0.01, 64, 0.005
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a model is pruned."""
+
+    step: float
+    """share of the remaining weights that an iteration masks"""
+    iterations: int
+    retrain: int
+    """steps of an iteration"""
+    images: int
+    """of the validation split, that tell when to stop"""
+
+
 # On one core an iteration of vgg_small takes seconds, a (model, seed) with all its schemes a quarter of an hour. The
 # rate is the largest of .001 .. .02 at which training goes on without harm to a dense model (validation, two seeds): at
 # .02 it alone costs as much as the tolerance allows, and chance decides where the pruning stops.
-RETRAIN, BATCH, RATE, IMAGES = 100, 64, 0.005, 2000
+WHOLE = Course(step=0.2, iterations=30, retrain=100, images=2000)
+SMALL = Course(step=0.36, iterations=15, retrain=30, images=1000)
 PROTOCOL = {
-    "iteration": f"{STEP:.0%} of the remaining weights masked, then {RETRAIN} SGD steps (batch {BATCH}, momentum 0.9, "
-    f"one-cycle to {RATE})",
-    "stop": f"accuracy on the first {IMAGES} validation images more than {TOLERANCE} below the base model's, or "
-    f"{ITERATIONS} iterations",
+    "iteration": f"{WHOLE.step:.0%} of the remaining weights masked, then {WHOLE.retrain} SGD steps (batch {BATCH}, "
+    f"momentum 0.9, one-cycle to {RATE})",
+    "stop": f"accuracy on the first {WHOLE.images} validation images more than {TOLERANCE} below the base model's, or "
+    f"{WHOLE.iterations} iterations",
     "pre-slice": f"restructure(macs={MACS}) by taylor, cumulative 0.95, {PER_CLASS} training images of each category, "
     "slices by the best silhouette; no gradient step",
     "cr": "total: weights of the base model's layers over those neither removed nor masked; cr_masked is of the model "
@@ -44,21 +73,46 @@ PROTOCOL = {
     "accuracy": "on the test split, of the last model within the tolerance, touched once (MA)",
     "iterations": "NI; iterations_same: to the CR same_cr, the smaller one of both settings at their stops",
 }
+LEFT_OUT = (
+    f"{SMALL.step:.0%} of the remaining weights an iteration, {SMALL.retrain} steps and at most {SMALL.iterations} "
+    f"iterations, {SMALL.images} validation images"
+)
+COLUMNS = (
+    "method is the scheme, setting whether neurons were removed first; iterations to the stop and the total "
+    "compression rate cr there, of it by masks (cr_masked) and by removed neurons (cr_removed); test accuracy there "
+    "and of the original; iterations_same: to the rate same_cr that both settings reach."
+)
+BY = ("data", "model", "method", "setting")
+RATES = ("cr", "cr_masked", "cr_removed", "masked", "removed")
+VALUES = ("iterations", *RATES, "accuracy", "val_accuracy", "same_cr", "iterations_same", "original")
 
 
 def run(settings: Settings) -> Report:
     """Measure every combination; finished ones are taken from the cache."""
-    report = Report(settings, PROTOCOL)
-    for name, factory, seed in settings.subjects():
-        report.rows += _one(name, factory, seed, settings)
-    by = ["data", "model", "method", "setting"]
-    stops = _at_same_rate(report.rows)
-    values = ["iterations", "cr", "cr_masked", "cr_removed", "masked", "removed", "accuracy", "val_accuracy"]
-    values += ["same_cr", "iterations_same", "original"]
-    report.summary = mean_and_spread(stops, by, values)
-    shown = ["iterations", "cr", "cr_masked", "cr_removed", "accuracy", "original", "iterations_same", "same_cr"]
-    show("iterative pruning, dense and after the semantic pre-slice", report.summary, [*by, *shown])
+    report = Report(settings, said(settings, PROTOCOL, LEFT_OUT))
+    course = SMALL if settings.quick else WHOLE
+    add_subjects(report, lambda name: _terms(name, course), lambda *subject: _one(_Subject(*subject), course))
+    report.summary = mean_and_spread(_at_same_rate(report.rows), BY, VALUES)
+    show(tables(report.summary))
     return report
+
+
+def tables(summary: Sequence[Row]) -> list[Table]:
+    """Return what is shown of a summary."""
+    shown = ("iterations", "cr", "cr_masked", "cr_removed", "accuracy", "original", "iterations_same", "same_cr")
+    return [Table("iterative pruning, dense and after the semantic pre-slice", (*BY, *shown), summary)]
+
+
+def _terms(name: str, course: Course) -> Row:
+    """Return what decides the rows of a subject."""
+    pre_slice = {"macs": MACS, "per_class": PER_CLASS}
+    pruning = {**asdict(course), "tolerance": TOLERANCE, "batch": BATCH, "rate": RATE}
+    return {"base": training(name), "schemes": [*SCHEMES], "pre_slice": pre_slice, "pruning": pruning}
+
+
+def _numbers(course: Course) -> list[float]:
+    step, iterations, retrain, images = astuple(course)
+    return [MACS, PER_CLASS, step, TOLERANCE, iterations, retrain, BATCH, RATE, images]
 
 
 def _at_same_rate(rows: Sequence[Row]) -> list[Row]:
@@ -73,51 +127,56 @@ def _at_same_rate(rows: Sequence[Row]) -> list[Row]:
     return added
 
 
-def _one(name: str, factory: str, seed: int, settings: Settings) -> list[Row]:
-    data = dataset(name)
-    model = base_model(data, name, factory, seed)
+class _Subject(Subject):
+    """One base model and what its prunings share, made when it is first asked for."""
 
-    @cache
-    def pre_sliced() -> Classifier:
-        return _pre_slice(model, data, seed)
+    @cached_property
+    def held_out(self) -> Data:
+        return self.data.split("test")
 
-    start: dict[str, Callable[[], Classifier]] = {"dense": lambda: model, "pre-slice": pre_sliced}
+    @cached_property
+    def original(self) -> float:
+        return evaluate(self.model, self.held_out).accuracy
+
+    @cached_property
+    def pre_sliced(self) -> Classifier:
+        found, slices = knowledge(self.model, self.data.split("train"), PER_CLASS)
+        return restructure(self.model, slices, self.data, found, macs=MACS, seed=self.seed).model
+
+
+def _one(subject: _Subject, course: Course) -> list[Row]:
     rows = []
-    for method in QUICK if settings.quick else SCHEMES:
+    for method in SCHEMES:
         for setting in SETTINGS:
-            identity = {"data": name, "model": factory, "seed": seed, "method": method, "setting": setting}
-            numbers = [MACS, PER_CLASS, STEP, TOLERANCE, ITERATIONS, RETRAIN, BATCH, RATE, IMAGES]
-            key = {**identity, "weights": model_digest(model), "protocol": numbers}
+            identity = {"data": subject.name, "model": subject.factory, "seed": subject.seed}
+            identity |= {"method": method, "setting": setting}
+            key = {**identity, "weights": model_digest(subject.model), "protocol": _numbers(course)}
 
             def measure(method: str = method, setting: str = setting, identity: Row = identity) -> list[Row]:
-                return [{**identity, **row} for row in _measure(model, start[setting](), data, method, seed)]
+                start = subject.model if setting == "dense" else subject.pre_sliced
+                return [{**identity, **row} for row in _measure(subject, start, method, course)]
 
             rows += resumed("rq2", key, measure)
     return rows
 
 
-def _pre_slice(model: Classifier, data: Dataset, seed: int) -> Classifier:
-    found, slices = knowledge(model, data.split("train"), PER_CLASS)
-    return restructure(model, slices, data, found, macs=MACS, seed=seed).model
-
-
-def _measure(base: Classifier, model: Classifier, data: Dataset, method: str, seed: int) -> list[Row]:
+def _measure(subject: _Subject, model: Classifier, method: str, course: Course) -> list[Row]:
     """Prune once. Returns a row for each iteration, the start first; only the stop is judged on the test split."""
-    val, test = data.split("val"), data.split("test")
-    judge = val.images[:IMAGES], val.labels[:IMAGES]
+    base, val = subject.model, subject.data.split("val")
+    judge = val.images[: course.images], val.labels[: course.images]
     reference = evaluate(base, judge).accuracy
     found = prune_weights_iteratively(
         model,
-        data,
+        subject.data,
         method,
-        step=STEP,
+        step=course.step,
         tolerance=TOLERANCE,
-        retrain_steps=RETRAIN,
+        retrain_steps=course.retrain,
         batch_size=BATCH,
         learning_rate=RATE,
         held_out=judge,
-        seed=seed,
-        max_iterations=ITERATIONS,
+        seed=subject.seed,
+        max_iterations=course.iterations,
         reference=reference,
         original_parameters=count_parameters(base),
     )
@@ -130,7 +189,7 @@ def _measure(base: Classifier, model: Classifier, data: Dataset, method: str, se
 
     rows = [row(0, total, evaluate(model, judge).accuracy)]
     rows += [row(each.iteration, each.remaining, each.accuracy) for each in found.curve]
-    accuracies = {"accuracy": evaluate(found.model, test).accuracy, "original": evaluate(base, test).accuracy}
+    accuracies = {"accuracy": evaluate(found.model, subject.held_out).accuracy, "original": subject.original}
     rows[found.iterations] |= {"stop": True, "val_original": reference, **accuracies}
     return rows
 

@@ -8,8 +8,8 @@ its folder.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.common import Report, Row, Settings, mean_and_spread, resumed, show
+from bench.common import Report, Row, Settings, Table, mean_and_spread, resumed, said, show, training
+from bench.kept import add_subjects
 from bench.readapt_cases import ATTACK, DRIFT, EPS, MAIN, NEW, OTHERS, PER_CLASS, PGD_STEPS, REPAIR, Subject
 from bench.readapt_peers import LAST, PEERS, THRESHOLD
 from bench.readapt_points import BATCH, FRESH, MARGIN, OURS, SHARE, TURNS, Grid, Points, to_target
@@ -55,10 +56,10 @@ SMALL = Grid(
     held_out=500,
     test=1000,
 )
-# For a look: each baseline once, with fixed statistics where other weights are trained.
+# For a look: each baseline once, with fixed statistics where other weights are trained; ours at one rate.
 TINY = replace(
     SMALL,
-    rates={**dict.fromkeys(_TRAINED, (0.004,)), "batchnorm": (0.05,), OURS: SMALL.rates[OURS]},
+    rates={**dict.fromkeys(_TRAINED, (0.004,)), "batchnorm": (0.05,), OURS: (0.015,)},
     statistics={**dict.fromkeys(_TRAINED, (False,)), "batchnorm": (True,)},
 )
 CASES = {MAIN: WHOLE, **dict.fromkeys(OTHERS, SMALL)}
@@ -73,7 +74,7 @@ TIMES = ("seconds", "reached", "steps_to_target", "seconds_to_target", "time_vs_
 ORIGINAL = ("original_new", "original_old")
 VALUES = (*ACCURACIES, *ORIGINAL, "new_val", "old_val", *AHEAD, *FRESH_AHEAD, "trained_share", "steps", *TIMES)
 ALL = "all"
-TABLES = {
+SHOWN = {
     "accuracy on test images": ("new_accuracy", "old_accuracy", *AHEAD),
     "attacks on the adapted model": ("fresh_accuracy", *FRESH_AHEAD),
     "cost": ("trained_share", "steps", *TIMES),
@@ -106,34 +107,68 @@ PROTOCOL = {
     "vs": "new, old and fresh accuracy of nss less that of the baseline; situation all: mean over all cases",
     "step time": f"median milliseconds of {REPEATS} steps in turn, batches of {STEP_BATCH}, Adam; free: share {SHARE}",
 }
+LEFT_OUT = (
+    f"cases but {', '.join(setting for _, setting in QUICK)}; one setting of each baseline, no choice, of nss the "
+    f"guards {TINY.guards}; {TINY.epochs} epochs, {TINY.held_out} held-out and {TINY.test} test images in each case"
+)
+COLUMNS = (
+    "situation and setting say what happened to the images or to the model; accuracy on new and on old test images, "
+    "and on fresh attacks; new_vs_full and the like: nss less that baseline; trained_share of the weights; seconds and "
+    "steps to the target that full retraining sets, reached by that share of the seeds; time_vs_full: share of its "
+    "seconds. Of a step: median milliseconds, and the ratio to a step of full retraining."
+)
 
 
 def run(settings: Settings) -> Report:
     """Measure every combination; finished parts are taken from the cache."""
-    report = Report(settings, {**PROTOCOL, "threads": torch.get_num_threads()})
-    times: list[Row] = []
-    for name, factory, seed in settings.subjects():
-        subject = Subject(name, factory, seed)
-        for case, grid in (QUICK if settings.quick else CASES).items():
-            report.rows += _case(subject, case, grid)
-        if factory == STEP_TIME:
-            times += _step_times(subject)
-    report.summary = summarised([row for row in report.rows if row["chosen"]])
-    for title, columns in TABLES.items():
-        show(f"re-adaptation: {title}", [row for row in report.summary if columns[0] in row], [*BY[1:], *columns])
-    steps = mean_and_spread(times, ["data", "model", "step"], ["trained_share", "milliseconds", "of_full"])
-    show("time of a step", steps, ["data", "model", "step", "trained_share", "milliseconds", "of_full", "of_full_sd"])
-    report.rows += times
-    report.summary += steps
+    report = Report(settings, said(settings, PROTOCOL, LEFT_OUT))
+    cases = QUICK if settings.quick else CASES
+
+    def measure(*subject: Any) -> list[Row]:
+        return _one(Subject(*subject), cases, times=settings.times)
+
+    add_subjects(report, lambda name: {"base": training(name), **_terms(cases)}, measure)
+    report.summary = summarised([row for row in report.rows if row.get("chosen")])
+    times = [row for row in report.rows if "step" in row]
+    report.summary += mean_and_spread(times, ("data", "model", "step"), ("trained_share", "milliseconds", "of_full"))
+    show(tables(report.summary))
     return report
 
 
-def _case(subject: Subject, case: tuple[str, str], grid: Grid) -> list[Row]:
+def tables(summary: Sequence[Row]) -> list[Table]:
+    """Return what is shown of a summary."""
+    methods, steps = ([row for row in summary if name in row] for name in ("method", "step"))
+    shown = ("data", "model", "step", "trained_share", "milliseconds", "of_full", "of_full_sd")
+    return [
+        *(
+            Table(f"re-adaptation: {title}", (*BY, *columns), [row for row in methods if columns[0] in row])
+            for title, columns in SHOWN.items()
+        ),
+        Table("re-adaptation: time of a step", shown, steps),
+    ]
+
+
+def _terms(cases: Mapping[tuple[str, str], Grid]) -> Row:
+    """Return what decides the rows of a subject."""
+    turns = {"turns": TURNS, "margin": MARGIN, "step": [STEP_BATCH, REPEATS]}
+    return {**_numbers(), **turns, "cases": {" ".join(case): asdict(grid) for case, grid in cases.items()}}
+
+
+def _numbers() -> Row:
+    attack, own = [EPS, PGD_STEPS, FRESH], [SHARE, PER_CLASS]
+    return {"new": NEW, "attack": attack, "nss": own, "peers": [LAST, THRESHOLD], "batch": BATCH}
+
+
+def _one(subject: Subject, cases: Mapping[tuple[str, str], Grid], *, times: bool) -> list[Row]:
+    rows = [row for case, grid in cases.items() for row in _case(subject, case, grid, times=times)]
+    return [*rows, *_step_times(subject)] if times and subject.factory == STEP_TIME else rows
+
+
+def _case(subject: Subject, case: tuple[str, str], grid: Grid, *, times: bool) -> list[Row]:
     situation, setting = case
     identity = {"data": subject.name, "model": subject.factory, "seed": subject.seed}
     identity |= {"situation": situation, "setting": setting}
-    key = {**identity, "weights": model_digest(subject.model), "grid": str(grid), "new": NEW}
-    key |= {"attack": [EPS, PGD_STEPS, FRESH], "nss": [SHARE, PER_CLASS], "peers": [LAST, THRESHOLD], "batch": BATCH}
+    key = {**identity, "weights": model_digest(subject.model), "grid": str(grid), **_numbers()}
 
     @cache
     def points() -> Points:
@@ -143,7 +178,7 @@ def _case(subject: Subject, case: tuple[str, str], grid: Grid) -> list[Row]:
     target = round(max(row["new_val"] for row in peers if row["method"] == "full") - MARGIN, 9)
     ours = resumed("rq3-nss", {**key, "target": target}, lambda: [{**identity, **row} for row in points().ours(target)])
     rows = [*peers, *ours]
-    if case == MAIN:
+    if case == MAIN and times:
         rows = _timed(rows, key, points)
     return [{**row, "target": target, **to_target(row, target)} for row in rows]
 

@@ -16,7 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.common import Report, Row, Settings, mean_and_spread, resumed, show
+from bench.common import Report, Row, Settings, Table, mean_and_spread, resumed, said, show, training
 from bench.extend_cases import BASE, CHAIN, HALVES, PER_CLASS, SHARE, Subject
 from bench.extend_peers import (
     DEEPARC,
@@ -45,6 +45,7 @@ from bench.extend_points import (
     Grid,
     Halves,
 )
+from bench.kept import add_subjects
 from nss.model import model_digest
 
 _EITHER = (Setting(0.02), Setting(0.05))
@@ -59,19 +60,19 @@ WHOLE = Grid(
     },
     ours=tuple(OUR_REPLAY),
 )
-# For a look: the main baselines, at one setting each.
+# For a look: each baseline at one setting.
 SMALL = Grid(
-    images=3000,
+    images=2000,
     epochs=2,
     settings={
-        **dict.fromkeys((NAIVE, "replay 5 %", "replay 10 %"), (Setting(0.05),)),
+        **dict.fromkeys((NAIVE, *REPLAY, JOINT, DEEPARC), (Setting(0.05),)),
         EWC: (Setting(0.05, 30.0),),
         LWF: (Setting(0.05, 3.0),),
     },
     ours=tuple(OUR_REPLAY),
 )
-QUICK, QUICK_CHAIN = ("fashion-mnist", "nss.zoo:vgg_small"), 1000
-"""what is measured if it is asked for, else the first of what is; and images of each task of its chain"""
+QUICK_CHAIN = 1000
+"""images of each task of the chain of a quick run"""
 SUBJECT = ("data", "model", "seed")
 BY = ("data", "model", "method")
 JUDGED = ("told_old", "told_new", "old_accuracy", "new_accuracy", "accuracy")
@@ -87,9 +88,9 @@ VALUES = (*JUDGED, "before", "told_lost", *AGAINST, "val", *COSTS)
 ENDS = ("told", "accuracy", "told_forgetting", "forgetting")
 PROTOCOL = {
     "data": f"the first five classes are known, the others arrive; of each task, in each split, the first "
-    f"{WHOLE.images} images are used ({SMALL.images} with --quick, {QUICK_CHAIN} in its chain), as many of each class; "
-    f"the base model, of {BASE}, is trained as all base models of the benchmarks",
-    "budget": f"{WHOLE.epochs} epochs ({SMALL.epochs}) over the new images, batches of {BATCH}, SGD with Nesterov "
+    f"{WHOLE.images} images are used, as many of each class; the base model, of {BASE}, is trained as all base "
+    "models of the benchmarks",
+    "budget": f"{WHOLE.epochs} epochs over the new images, batches of {BATCH}, SGD with Nesterov "
     f"momentum, weight decay {WEIGHT_DECAY}, one cycle, the same for all; no epoch is chosen",
     "told": "among the classes of the image's own task: told_old, told_new; not told, among all: old_accuracy, "
     "new_accuracy, accuracy; before: of the base model on the old test images; told_lost: before less told_old",
@@ -112,43 +113,71 @@ PROTOCOL = {
     "accuracy on a task before the last one was learned, less that in the end, mean over tasks (arXiv 1801.10112)",
     "step time": f"median milliseconds a step, of {TURNS} runs of {STEP_BATCHES} steps in turn",
 }
+LEFT_OUT = (
+    f"{SMALL.images} images of each task in place of {WHOLE.images}, {QUICK_CHAIN} in the chain; epochs: "
+    f"{SMALL.epochs}; one setting of each baseline, no choice"
+)
+COLUMNS = (
+    "told_old, told_new: accuracy on old and on new test images among the classes of their own task; old_accuracy, "
+    "new_accuracy, accuracy: among all classes; before: of the base model, told_lost: how much less told_old is; "
+    "new_vs_naive is of told_new, vs_replay_10 and the like of accuracy: nss less that baseline. Of the chain: the "
+    "same in the end, and what was forgotten of each task. Of a step: median milliseconds, and the ratio to a naive "
+    "one."
+)
 
 
 def run(settings: Settings) -> Report:
     """Measure every combination; finished parts are taken from the cache."""
-    report = Report(settings, {**PROTOCOL, "threads": torch.get_num_threads()})
+    report = Report(settings, said(settings, PROTOCOL, LEFT_OUT))
     grid = SMALL if settings.quick else WHOLE
     chained = replace(grid, images=QUICK_CHAIN) if settings.quick else grid
-    subjects = list(settings.subjects())
-    if settings.quick:
-        subjects = sorted(subjects, key=lambda subject: subject[:2] != QUICK)[:1]
-    halves: list[Row] = []
-    chain: list[Row] = []
-    steps: list[Row] = []
-    for name, factory, seed in subjects:
-        subject = Subject(name, factory, seed, HALVES, grid.images)
-        half = Halves(subject, grid)
-        halves += _part("rq4-peers", subject, {"settings": _plain(grid)}, half.peers)
-        halves += _part("rq4-nss", subject, {"methods": grid.ours, **_ours(grid)}, half.ours)
-        steps += _part("rq4-step-time", subject, {"threads": torch.get_num_threads(), **_ours(grid)}, half.step_times)
-        subject = Subject(name, factory, seed, CHAIN, chained.images)
-        tasks = Chain(subject, chained)
-        chain += _part("rq4-chain-peers", subject, {"settings": _plain(chained)}, tasks.peers)
-        chain += _part("rq4-chain-nss", subject, _ours(chained), tasks.ours)
-    report.rows = [*halves, *chain, *steps]
+
+    def measure(*subject: Any) -> list[Row]:
+        return _one(subject, grid, chained, times=settings.times)
+
+    add_subjects(report, lambda name: _terms(name, grid, chained), measure)
+    steps, learned = ([row for row in report.rows if ("step" in row) == is_step] for is_step in (True, False))
+    halves, chain = ([row for row in learned if row["setting"] == _setting(sizes)] for sizes in (HALVES, CHAIN))
     report.summary = summarised(halves, chain, steps)
-    _show(report.summary)
+    show(tables(report.summary))
     return report
 
 
+def _terms(name: str, grid: Grid, chained: Grid) -> Row:
+    """Return what decides the rows of a subject."""
+    base = {"images": BASE, **training(f"{name}-task")}
+    parts = {"halves": [*HALVES], "chain": [*CHAIN], "chained": [*CHAINED], "turns": [STEP_BATCHES, TURNS]}
+    sizes = {"images": [grid.images, chained.images], "batch": BATCH}
+    return {"base": base, **parts, **sizes, "settings": _plain(grid), "methods": [*grid.ours], **_ours(grid)}
+
+
+def _one(subject: tuple[str, str, int], grid: Grid, chained: Grid, *, times: bool) -> list[Row]:
+    two = Subject(*subject, HALVES, grid.images)
+    half = Halves(two, grid)
+    rows = _part("rq4-peers", two, {"settings": _plain(grid)}, half.peers)
+    rows += _part("rq4-nss", two, {"methods": grid.ours, **_ours(grid)}, half.ours)
+    if times:
+        more = {"threads": torch.get_num_threads(), **_ours(grid)}
+        rows += _part("rq4-step-time", two, more, half.step_times)
+    five = Subject(*subject, CHAIN, chained.images)
+    tasks = Chain(five, chained)
+    rows += _part("rq4-chain-peers", five, {"settings": _plain(chained)}, tasks.peers)
+    return rows + _part("rq4-chain-nss", five, _ours(chained), tasks.ours)
+
+
 def _part(bench: str, subject: Subject, more: Row, measure: Callable[[], list[Row]]) -> list[Row]:
-    identity = {"data": subject.name, "model": subject.factory, "seed": subject.seed, "setting": _setting(subject)}
+    identity = {
+        "data": subject.name,
+        "model": subject.factory,
+        "seed": subject.seed,
+        "setting": _setting(subject.sizes),
+    }
     key = {**identity, "weights": model_digest(subject.model), "images": subject.images, "batch": BATCH, **more}
     return resumed(bench, key, lambda: [{**identity, **row} for row in measure()])
 
 
-def _setting(subject: Subject) -> str:
-    return " + ".join(map(str, subject.sizes))
+def _setting(sizes: Sequence[int]) -> str:
+    return " + ".join(map(str, sizes))
 
 
 def _plain(grid: Grid) -> Row:
@@ -198,18 +227,22 @@ def with_differences(chosen: Sequence[Row]) -> list[Row]:
     return rows
 
 
-def _show(summary: Sequence[Row]) -> None:
+def tables(summary: Sequence[Row]) -> list[Table]:
+    """Return what is shown of a summary."""
     halves = [row for row in summary if "told_old" in row]
-    show("new classes: accuracy on test images", halves, ["data", "model", "method", *JUDGED, "before", "told_lost"])
     ours = [row for row in halves if row["method"] in OUR_REPLAY]
-    show("new classes: nss less a baseline", ours, ["data", "model", "method", "told_lost", *AGAINST])
-    show("new classes: cost", halves, ["data", "model", "method", *COSTS])
     ended = [row for row in summary if "forgetting" in row]
-    show("chain: after the last task", ended, ["data", "model", "method", *ENDS])
     layers = [row for row in summary if "layer" in row]
-    show("chain: neurons by layer", layers, ["data", "model", "layer", "total", "used", "free", "widened"])
     times = [row for row in summary if "milliseconds" in row]
-    show("time of a step", times, ["data", "model", "step", "milliseconds", "of_naive", "of_naive_sd"])
+    step = ("data", "model", "step", "milliseconds", "of_naive", "of_naive_sd")
+    return [
+        Table("new classes: accuracy on test images", (*BY, *JUDGED, "before", "told_lost"), halves),
+        Table("new classes: nss less a baseline", (*BY, "told_lost", *AGAINST), ours),
+        Table("new classes: cost", (*BY, *COSTS), halves),
+        Table("chain: after the last task", (*BY, *ENDS), ended),
+        Table("chain: neurons by layer", ("data", "model", "layer", "total", "used", "free", "widened"), layers),
+        Table("new classes: time of a step", step, times),
+    ]
 
 
 def draw(report: Report, path: Path) -> None:

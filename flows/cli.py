@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from enum import StrEnum
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from flows import cli_models, cli_report, cli_service, cli_start
+from tasks.garbage import collect_rarely
 
 OK, CRASH, MISTAKE, BUSY = 0, 1, 2, 75
 
@@ -20,7 +22,27 @@ _EXIT_CODES = (
     "in the data; 75 somebody else works on the repository, try again later; 130 interrupted; 143 stopped by SIGTERM."
 )
 
+# What `nss --help` shows, in this order.
+PANELS = {
+    "Start": ("doctor", "demo", "init", "data", "adopt"),
+    "Maintain": ("run", "status", "report"),
+    "Versions": ("promote", "rollback", "compare", "lineage"),
+    "Unattended": ("watch", "serve"),
+    "Serving, and what DVC calls": ("export", "stage"),
+}
+_ORDER = tuple(chain.from_iterable(PANELS.values()))
+
+
+class Ordered(TyperGroup):
+    """The commands in the order of PANELS, whatever the order they were added in."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        """Return their names."""
+        return sorted(self.commands, key=_ORDER.index)
+
+
 app = typer.Typer(
+    cls=Ordered,
     help="Keep a trained image classifier maintained by semantic slices of its neurons.",
     epilog=_EXIT_CODES,
     no_args_is_help=True,
@@ -177,10 +199,14 @@ cli_service.add_commands(app)
 cli_report.add_commands(app)
 for _command in (*app.registered_commands, *data.registered_commands):
     _command.epilog = f"{_command.epilog}\n\n{_EXIT_CODES}"
+for _entry in (*app.registered_commands, *app.registered_groups):
+    _name = _entry.name or _entry.callback.__name__
+    _entry.rich_help_panel = next(panel for panel, names in PANELS.items() if _name in names)
 
 
 def main() -> int:
     """Run the command line and return the exit code; a user's mistake is a message without a traceback."""
+    collect_rarely()
     try:
         # Ends by SystemExit: 0, 2 for a mistake in the command line, 130 for Ctrl-C, or what a command chose.
         app(prog_name="nss")

@@ -157,9 +157,17 @@ def _watching(
     workspace: Workspace, inbox: Path | None, poll: float, settle: float, new_classes: bool, resize: str
 ) -> Watching:
     from flows.watch import Watching
+    from nss.errors import DataError
 
     folder = _inbox(workspace, inbox)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise DataError(
+            f"the inbox cannot be made ({problem.strerror})",
+            where=str(folder),
+            fix="name a folder that you may write to with --inbox",
+        ) from None
     return Watching(folder, poll, settle, new_classes, size_of(resize))
 
 

@@ -127,3 +127,4 @@ def demo(
         sys.stdout.write(f"{json.dumps(reports, indent=1)}\n")
     elif cycle:
         sys.stdout.write(f"{show.summary(cycle, workspace, is_temporary=server.is_temporary)}\n")
+        sys.stdout.write(f"Where   cd {folder}, then nss status, nss lineage, nss report\n")

@@ -1,7 +1,7 @@
 """The deployment of the flow `maintain` on a Prefect server: what runs, which run covers a data version, new runs.
 
-A run covers a data version when it started after that version was committed: it sees it, or a later one. So it does not
-matter who made the run: the clock, an event, a person, or the poll.
+A run covers a data version when it started after that version was committed, and says of no other that it saw it. So it
+does not matter who made the run: the clock, an event, a person, or the poll. One that dies on the way is made again.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Crashed
 
 from nss.errors import NssError
+from tasks.recovery import DATA, crash_dead
 
 FLOW = "maintain"
 EVENT = "nss.data.arrived"
@@ -46,9 +47,9 @@ class Cover(StrEnum):
     """How a data version stands with the runs of the deployment."""
 
     DONE = "done"
-    """a run saw it, or is seeing it"""
+    """a run saw it, and has ended"""
     WAIT = "wait"
-    """something else runs, or is about to"""
+    """a run is seeing it, or something else runs, or is about to"""
     WANTED = "wanted"
     """a run is to be made"""
 
@@ -88,18 +89,28 @@ def is_going(run: FlowRun) -> bool:
 
 
 def cover(version: Version, runs: Sequence[FlowRun]) -> Cover:
-    """Say whether a run covers the version. Runs that crashed, or were shut down with the service, do not."""
-    if any(_saw(run, version) for run in runs):
-        return Cover.DONE
+    """Say whether a run covers the version. Runs that crashed, or were shut down with the service, do not.
+
+    >>> cover(version_of(workspace, data_md5(workspace)), Deployment("digits").runs())  # doctest: +SKIP
+    <Cover.DONE: 'done'>
+    """
     if any(is_going(run) or run.state_type is StateType.SCHEDULED for run in runs):
         return Cover.WAIT
-    return Cover.WANTED
+    return Cover.DONE if any(_saw(run, version) for run in runs) else Cover.WANTED
 
 
 def _saw(run: FlowRun, version: Version) -> bool:
     if run.start_time is None or run.start_time < version.committed:
         return False
-    return not (run.state_type is StateType.CRASHED or _SHUT_DOWN in ((run.state and run.state.message) or ""))
+    # The clocks of the server and of this machine may differ; a run that came to its work says what it worked on.
+    said = {tag for tag in run.tags if tag.startswith(DATA)}
+    return said <= {f"{DATA}{version.md5}"} and _has_worked(run)
+
+
+def _has_worked(run: FlowRun) -> bool:
+    """Say whether it began and was not cut off."""
+    is_cut = run.state_type is StateType.CRASHED or _SHUT_DOWN in ((run.state and run.state.message) or "")
+    return run.start_time is not None and not is_cut
 
 
 class Deployment:
@@ -123,20 +134,29 @@ class Deployment:
             return _runs(client, self._required(client))
 
     def make_run(self, version: Version) -> FlowRun | None:
-        """Make the run for a data version, once; None when it crashed so often that a person has to look."""
+        """Return the run for a data version, made when there is none; None when it crashed too often.
+
+        One that has done its work is not made again, whatever the clocks say.
+        """
         crashes = 0
         with _client() as client:
             deployment = self._required(client)
             for number in count():
-                # Keys count for all deployments of the flow, and two of them may hold the same data.
-                key = f"{self.name}:{version.md5}:{number}"
+                # Keys count for all deployments of the flow, and two of them may hold the same data; and a version
+                # that comes back is committed anew.
+                key = f"{self.name}:{version.md5}:{version.committed.timestamp():.0f}:{number}"
                 run = client.create_flow_run_from_deployment(deployment.id, idempotency_key=key)
-                if run.state_type not in TERMINAL_STATES or _saw(run, version):
+                if run.state_type not in TERMINAL_STATES or _has_worked(run):
                     return run
                 crashes += run.state_type is StateType.CRASHED
                 if crashes == TRIES:
                     break
         return None
+
+    def reap(self) -> list[str]:
+        """Mark its runs whose process on this host has died as crashed; return a line for each."""
+        with _client() as client:
+            return crash_dead(client, filter(is_going, _runs(client, self._required(client))))
 
     def sweep(self) -> list[str]:
         """Mark all runs that have begun as crashed and return their ids: whoever ran them is dead."""
@@ -166,10 +186,14 @@ class Deployment:
 
 
 @contextmanager
-def _client() -> Iterator[SyncPrefectClient]:
+def answering() -> Iterator[None]:
+    """Raise NssError for what comes of a Prefect server that does not answer.
+
+    >>> with answering():  # doctest: +SKIP
+    ...     runner.add_flow(maintain, "digits")
+    """
     try:
-        with get_client(sync_client=True) as client:
-            yield client
+        yield
     except (httpx.HTTPError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise NssError(
@@ -177,6 +201,12 @@ def _client() -> Iterator[SyncPrefectClient]:
             where=str(PREFECT_API_URL.value()),
             fix="start it with `prefect server start`, or unset PREFECT_API_URL",
         ) from error
+
+
+@contextmanager
+def _client() -> Iterator[SyncPrefectClient]:
+    with answering(), get_client(sync_client=True) as client:
+        yield client
 
 
 def _read(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:

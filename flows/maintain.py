@@ -18,7 +18,7 @@ from nss.errors import StageError
 from nss.files import read_json
 from tasks import journal, promotion, register
 from tasks.champion import read_champion
-from tasks.data import require_committed
+from tasks.committed import require_committed
 from tasks.layout import refresh_code
 from tasks.lock import exclusive
 from tasks.params import Params, load_params
@@ -109,7 +109,7 @@ def maintain(root: str, retries: int = 0) -> CycleReport:
     params = load_params(workspace.params)
     workspace = with_packages(workspace, params.base.packages)
     pipeline = Pipeline(workspace)
-    with exclusive(workspace, wait_s=_PATIENCE_S):
+    with exclusive(workspace, wait_s=_PATIENCE_S), pipeline.kept():
         _note(recover(workspace))
         if changed := refresh_code(workspace):
             _note([f"another version of nss is installed: other code in {', '.join(changed)}"])

@@ -7,8 +7,9 @@ newcomer is cancelled, and the watcher makes the run again when the data asks fo
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -22,7 +23,7 @@ from prefect.runner import Runner
 from prefect.settings import PREFECT_API_URL
 from pydantic import ValidationError
 
-from flows.deployment import EVENT, FLOW, WANTED, Deployment, require_server, resource
+from flows.deployment import EVENT, FLOW, WANTED, Deployment, answering, require_server, resource
 from flows.maintain import maintain
 from flows.watch import Tell, There, Watcher, Watching
 from nss.errors import NssError
@@ -59,18 +60,19 @@ def serve(workspace: Workspace, serving: Serving, tell: Tell) -> None:
         for line in recover(workspace):
             tell(line)
         _require_own(served, workspace)
-        runner = _runner(serving.name, options)
+        with answering():
+            runner = _runner(serving.name, options)
         if not is_held(workspace):
             for run in served.sweep():
                 tell(f"flow run {run} was left over by a service that died: crashed")
         tell(f"serving {FLOW}/{serving.name} on {PREFECT_API_URL.value()}; inbox {serving.watching.inbox}")
+        tell(_what_next(serving))
         stop = threading.Event()
         watcher = Watcher(workspace, serving.watching, There(workspace, served, tell), tell)
         thread = threading.Thread(target=watcher.run, args=(stop,), name="watcher", daemon=True)
         thread.start()
         try:
-            while not _has_ended(runner, tell):
-                runner = _runner(serving.name, options)
+            _run(runner, lambda: _runner(serving.name, options), stop, tell)
         except KeyboardInterrupt:
             pass
         finally:
@@ -141,12 +143,31 @@ def _runner(name: str, options: dict[str, Any]) -> Runner:
     return runner
 
 
-def _has_ended(runner: Runner, tell: Tell) -> bool:
-    """Run what is due until stopped; False when the runner gave up because the server was away for long."""
-    try:
-        asyncio.run(runner.start())
-    except Exception as error:
-        tell(f"error: the Prefect server does not answer ({type(error).__name__}); trying again")
-        time.sleep(_AGAIN_S)
-        return False
-    return True
+def _run(runner: Runner | None, renew: Callable[[], Runner], stop: threading.Event, tell: Tell) -> None:
+    """Run what is due until stopped. A runner gives up when the server is away for long: another one goes on."""
+    said = ""
+    while not stop.is_set():
+        try:
+            runner = runner or renew()
+            asyncio.run(runner.start())
+            return
+        except Exception as error:
+            reason = _reason(error)
+            if reason != said:
+                tell(f"error: the Prefect server does not answer ({reason}); asked again every {_AGAIN_S} seconds")
+            runner, said = None, reason
+            # The runner that gave up does not listen to it any more.
+            signal.signal(signal.SIGTERM, lambda *_: stop.set())
+            stop.wait(_AGAIN_S)
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of an error, or of the first that its group holds."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _what_next(serving: Serving) -> str:
+    clock = f'by the clock ("{serving.cron}", {serving.timezone}), ' if serving.cron else ""
+    return f"a cycle runs {clock}when data settles in the inbox, and after `nss data add`"

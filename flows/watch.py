@@ -8,16 +8,18 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun
+
 from flows.deployment import MADE, TRIES, Cover, Deployment, Version, cover, is_going
 from nss.errors import BusyError, NssError
 from tasks.inbox import Inbox, Taken, take
-from tasks.lock import exclusive
+from tasks.lock import exclusive, is_held
 from tasks.pipeline import Pipeline
 from tasks.provenance import data_md5
 from tasks.workspace import Workspace
@@ -72,6 +74,9 @@ class Here:
         except BusyError:
             self._tried = ""
             raise
+        except Exception:
+            self.tell(f"data {md5}: the cycle failed; not run again before the data changes, `nss run` does it")
+            raise
         return True
 
     def _run(self, md5: str) -> None:
@@ -84,7 +89,8 @@ class Here:
         server.wait()
         self.tell(f"data {md5}: a cycle starts")
         report = run_cycle(self.workspace, retries=self.retries, tell=lambda stage: self.tell(show.stage_line(stage)))
-        self.tell(f"data {md5}: the cycle has ended, MLflow run {report.run_id or 'not logged'}")
+        run = report.run_id or "not logged"
+        self.tell(f"data {md5}: the cycle has ended, MLflow run {run}; the next one comes with new data")
 
 
 class There:
@@ -99,22 +105,36 @@ class There:
 
     def is_free(self) -> bool:
         """Say whether no run of the deployment is going."""
-        return not any(is_going(run) for run in self.deployment.runs())
+        return not any(is_going(run) for run in self._runs())
 
     def fire(self, md5: str, *, is_own: bool) -> bool:
         """Make a run unless one covers the version or all stages are up to date."""
         version = version_of(self.workspace, md5)
-        found = cover(version, self.deployment.runs())
+        found = cover(version, self._runs())
         is_early = not is_own and datetime.now(UTC) - version.committed < self.grace
         if found is not Cover.WANTED or is_early:
             return found is Cover.DONE
-        if is_up_to_date(self.workspace):
-            return True
+        return is_up_to_date(self.workspace) or self._make_run(version)
+
+    def _runs(self) -> list[FlowRun]:
+        """Return the deployment's runs; first, those of processes that have died give up their place."""
+        runs = self.deployment.runs()
+        # A cycle that lives holds the workspace: nobody asks after the process of one, which may be in a container.
+        if any(is_going(run) for run in runs) and not is_held(self.workspace) and (dead := self.deployment.reap()):
+            for line in dead:
+                self.tell(line)
+            runs = self.deployment.runs()
+        return runs
+
+    def _make_run(self, version: Version) -> bool:
         run = self.deployment.make_run(version)
         if run is None:
-            self.tell(f"data {md5}: {TRIES} runs crashed; not tried again before something changes")
+            self.tell(f"data {version.md5}: {TRIES} runs crashed; not tried again before the data changes")
             return True
-        self.tell(f"data {md5}: flow run {run.id}")
+        if run.state_type in TERMINAL_STATES:
+            # Made before, and it has done its work: the clocks of the server and of this machine differ.
+            return True
+        self.tell(f"data {version.md5}: flow run {run.id} is made; it starts when the service or a worker takes it")
         self.deployment.emit(version, MADE)
         # Asked again: a run that another one cancelled, or that crashed, is made again.
         return False
@@ -142,7 +162,7 @@ class Watcher:
         self.workspace, self.watching, self.trigger, self.tell = workspace, watching, trigger, tell
         self.inbox = Inbox(watching.inbox, watching.settle)
         self._settled, self._own = UNKNOWN, ""
-        self._said = ""
+        self._said, self._waiting = "", ""
 
     def step(self) -> Taken | None:
         """Take what has settled, and see to it that a new version of data/ gets its run. Returns what was taken."""
@@ -172,7 +192,10 @@ class Watcher:
 
     def _take(self) -> Taken | None:
         entries = self.inbox.settled()
-        if not entries or not self.trigger.is_free():
+        if not entries:
+            return None
+        if not self.trigger.is_free():
+            self._say_waiting(entries)
             return None
         before = data_md5(self.workspace)
         taken = take(self.workspace, entries, new_classes=self.watching.new_classes, resize=self.watching.resize)
@@ -182,10 +205,16 @@ class Watcher:
             self.tell(line)
         return taken
 
+    def _say_waiting(self, entries: Sequence[Path]) -> None:
+        names = ", ".join(entry.name for entry in entries)
+        if names != self._waiting:
+            self.tell(f"settled in the inbox: {names}; taken when the run that is going has ended")
+        self._waiting = names
+
     def _complain(self, text: str) -> None:
         """Say what is wrong, once as long as it stays the same."""
         if text != self._said:
-            self.tell(f"error: {text}")
+            self.tell(f"error: {text}\nstill looking every {self.watching.poll:g} seconds")
         self._said = text
 
 
@@ -194,7 +223,11 @@ def taken_lines(taken: Taken) -> list[str]:
     lines = []
     for each in taken.arrived:
         what = "nothing new, the batch was there" if each.already_present else f"{each.images} images"
-        lines.append(f"arrived {each.name}: {what}, batch {each.digest}")
+        follows = "" if each.already_present else "; a cycle follows"
+        lines.append(f"arrived {each.name}: {what}, batch {each.digest}{follows}")
     for each in taken.refused:
-        lines += [f"refused {each.name}, now {each.place}", *(f"  - {problem}" for problem in each.problems)]
+        lines += [
+            f"refused {each.name}, now {each.place}; mended, move it back into the inbox",
+            *(f"  - {problem}" for problem in each.problems),
+        ]
     return lines

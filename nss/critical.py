@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from nss.errors import SliceError
-from nss.files import read_tensors, write_tensors
 from nss.profile import Profile
+from nss.tensor_files import read_tensors, write_tensors
 
 FORMAT = 1
 # Sums of shares miss a threshold that they should meet by rounding alone.

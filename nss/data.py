@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from nss.errors import DataError
-from nss.files import read_json, read_tensors, text_digest, write_json, write_tensors
+from nss.files import read_json, text_digest, write_json
+from nss.tensor_files import read_tensors, write_tensors
 
 FORMAT = 1
 SPLITS = ("train", "val", "test")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -10,19 +9,12 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
 from nss.errors import NssError
-
-# safetensors keeps its metadata in an unordered map: with one key only, the bytes stay the same from run to run.
-_META = "nss"
 
 _TEMPORARY = re.compile(r"\.(.+)\.([^~/]+)~(\d+)\.\w{8}")
 
@@ -76,35 +68,12 @@ def read_json(path: Path, error: type[NssError] = NssError) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise _unreadable(error, "the file is missing", path) from None
+        raise unreadable(error, "the file is missing", path) from None
     except OSError as problem:
-        raise _unreadable(error, f"the file cannot be read ({problem.strerror})", path) from None
+        raise unreadable(error, f"the file cannot be read ({problem.strerror})", path) from None
     # Numbers of thousands of digits are a ValueError too, and lists in lists without end a RecursionError.
     except (ValueError, RecursionError) as problem:
-        raise _unreadable(error, f"the file is not JSON ({problem})", path) from None
-
-
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Any) -> None:
-    """Write tensors and JSON-able `meta` as one safetensors file: the same input gives the same bytes."""
-    with replacing(path) as part:
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        try:
-            save_file(plain, part, metadata={_META: json.dumps(meta)})
-        except SafetensorError as problem:
-            raise OSError(_number(problem), str(problem), str(path)) from None
-
-
-def read_tensors(path: Path, error: type[NssError] = NssError) -> tuple[dict[str, torch.Tensor], Any]:
-    """Read what `write_tensors` wrote, memory-mapped; a missing or damaged file raises `error` naming it."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get(_META, "null"))
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, meta
-    except FileNotFoundError:
-        raise _unreadable(error, "the file is missing", path) from None
-    except (SafetensorError, OSError, ValueError, RecursionError) as problem:
-        raise _unreadable(error, f"the file is not a whole safetensors file ({problem})", path) from None
+        raise unreadable(error, f"the file is not JSON ({problem})", path) from None
 
 
 def file_digest(path: Path) -> str:
@@ -118,11 +87,6 @@ def text_digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _number(problem: SafetensorError) -> int:
-    """Return the operating system's number of an error, which safetensors only tells in its text."""
-    found = re.search(r"os error (\d+)", str(problem))
-    return int(found[1]) if found else errno.EIO
-
-
-def _unreadable(error: type[NssError], what: str, path: Path) -> NssError:
+def unreadable(error: type[NssError], what: str, path: Path) -> NssError:
+    """Return the error for a file that is missing or damaged."""
     return error(what, where=str(path), fix="restore it (dvc checkout) or make it again")

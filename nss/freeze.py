@@ -20,8 +20,8 @@ from nss.anatomy import Anatomy, Producer
 from nss.coupling import lookup
 from nss.errors import SiteError
 from nss.model import network_of, shape_of
-from nss.operations import CHANNEL_NORMS, CONVOLUTIONS, norm_behind
-from nss.rows import FreeConvolution, FreeLinear, FreeNorm, FreeRows
+from nss.operations import CHANNEL_NORMS, CONVOLUTIONS, module_of, norm_behind
+from nss.rows import FoldedActivation, FreeConvolution, FreeLinear, FreeNorm, FreeRows
 from nss.sites import find_sites
 from nss.weight_masks import apply_masks, release_masks
 
@@ -48,7 +48,8 @@ def freeze(model: nn.Module, free: Mapping[str, Tensor], input_shape: Sequence[i
     rows = free_entries(anatomy, free)
     for module in list(twin.modules()):
         _hold(module)
-    wrapped = _wrapped(network, rows, _followed_by_norm(anatomy))
+    norms = _followed_by_norm(anatomy)
+    wrapped = _wrapped(network, rows, norms, _followed_by_relu(anatomy, norms))
     for name, mask in masks.items():
         layer = wrapped.get(id(network.get_submodule(name)))
         if isinstance(layer, FreeRows):
@@ -64,7 +65,9 @@ def thaw(model: nn.Module) -> nn.Module:
     >>> nss.save_model(thaw(frozen), "folder")
     """
     twin = copy.deepcopy(model)
-    plain = {id(module): module.settled() for module in twin.modules() if isinstance(module, FreeRows)}
+    plain = {
+        id(module): module.settled() for module in twin.modules() if isinstance(module, FreeRows | FoldedActivation)
+    }
     _replace(twin, plain)
     for module in twin.modules():
         _release(module)
@@ -153,7 +156,25 @@ def _followed_by_norm(anatomy: Anatomy) -> dict[str, str]:
     return pairs
 
 
-def _wrapped(network: nn.Module, rows: Mapping[str, Tensor], pairs: Mapping[str, str]) -> dict[int, nn.Module]:
+def _followed_by_relu(anatomy: Anatomy, norms: Mapping[str, str]) -> dict[str, str]:
+    """Return {convolution: ReLU} of those pairs, a norm of `norms` between them or not, with no other business."""
+    graph = anatomy.graph
+    calls = Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_module")
+    pairs = {}
+    for producer in anatomy.producers:
+        node = producer.node if producer.module not in norms else next(iter(producer.node.users))
+        after = next(iter(node.users)) if len(node.users) == 1 else None
+        if after is None or not isinstance(module_of(after, graph), nn.ReLU):
+            continue
+        is_convolution = isinstance(graph.get_submodule(producer.module), CONVOLUTIONS)
+        if is_convolution and calls[producer.module] == calls[str(after.target)] == 1:
+            pairs[producer.module] = str(after.target)
+    return pairs
+
+
+def _wrapped(
+    network: nn.Module, rows: Mapping[str, Tensor], norms: Mapping[str, str], relus: Mapping[str, str]
+) -> dict[int, nn.Module]:
     """Return what takes the place of each layer that has free rows or moves in training, by id."""
     wrapped: dict[int, nn.Module] = {}
     modules = dict(network.named_modules())
@@ -166,7 +187,9 @@ def _wrapped(network: nn.Module, rows: Mapping[str, Tensor], pairs: Mapping[str,
             wrapped[id(module)] = FreeNorm(module, own)
     for name, module in modules.items():
         own = chosen.get(name, torch.zeros(0, dtype=torch.int64))
-        if isinstance(module, CONVOLUTIONS) and (len(own) or name in pairs):
-            norm = wrapped[id(modules[pairs[name]])] if name in pairs else None
-            wrapped[id(module)] = FreeConvolution(module, own, cast("FreeNorm | None", norm))
+        if isinstance(module, CONVOLUTIONS) and (len(own) or name in norms):
+            norm = wrapped[id(modules[norms[name]])] if name in norms else None
+            wrapped[id(module)] = FreeConvolution(module, own, cast("FreeNorm | None", norm), name in relus)
+            if name in relus:
+                wrapped[id(modules[relus[name]])] = FoldedActivation(modules[relus[name]])
     return wrapped

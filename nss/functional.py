@@ -30,6 +30,8 @@ def without_inplace(graph: fx.GraphModule) -> fx.GraphModule:
 
     >>> calm = without_inplace(trace(torchvision.models.resnet18()))
     """
+    if not any(ops.writes_in_place(node, graph) for node in graph.graph.nodes):
+        return graph
     twin = fx.Graph()
     root = shell(graph)
     places: dict[fx.Node, fx.Node] = {}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from nss.anatomy import Producer
-from nss.deeplift import Way, rescaling
+from nss.deeplift import Way, in_parts, refer, rescaling
 from nss.errors import ProfileError
 from nss.functional import with_norms_folded, without_inplace
 from nss.operations import is_depthwise
@@ -20,6 +20,11 @@ from nss.sites import Site, Sites
 from nss.surgery import Layer
 from nss.taps import Tap, with_modules
 from nss.windows import chosen_by_content, correlations, positions_of, together
+
+# Bytes that the allocator keeps from one batch to the next, see `_keep_memory`.
+KEPT = 62 << 20
+# With fewer rows at a time, kernels lose more than memory that is kept gains.
+FEWEST = 32
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Gatherer:
     """
 
     def __init__(self, sites: Sites, sums: Sequence[str], classes: int, *, gram: bool, windows: int = 0) -> None:
+        _keep_memory()
         self._way = Way(watched={site.node.name: partial(_summed, site) for site in sites})
         self._sites, self._readers = list(sites), list(readers(sites)) if gram else []
         self.counts = torch.zeros(classes, dtype=torch.int64)
@@ -68,6 +74,8 @@ class Gatherer:
         self.windows: dict[str, Tensor] = {}
         self.window_positions = {window.name: 0 for window in self._windows}
         self._seen: dict[str, Tensor] = {}
+        self._bases: dict[str, Tensor] = {}
+        self._rows = 0
         watched: list[fx.Node] = [site.node for site in sites]
         watched += [*(each.node for each in self._readers), *(each.node for each in self._windows)]
         nodes = dict.fromkeys(node.name for node in watched)
@@ -86,13 +94,31 @@ class Gatherer:
     def see(self, inputs: Tensor, labels: Tensor, reference: Tensor, size: int) -> None:
         """Add one batch. inputs: what the network reads [n, c, h, w]; labels: int64 [n]; reference: [1, c, h, w].
 
-        A batch is filled up to `size` rows with the reference: kernels are chosen by shape, and with one shape an
-        image's numbers are the same in whatever batch it comes. DeepLIFT needs the reference as the last row anyway.
+        It goes through in pieces that are filled up with the reference: kernels are chosen by shape, and with one shape
+        an image's numbers are the same in whatever batch it comes. size: of the largest batch.
         """
+        if not self._rows:
+            self._rows = self._refer(reference, size)
+        for piece, own in zip(inputs.split(self._rows), labels.split(self._rows), strict=True):
+            self._see(piece, own, reference)
+
+    def _refer(self, reference: Tensor, size: int) -> int:
+        """Put the reference through on its own: what it makes of each layer is the same for all batches.
+
+        Returns how many rows go through at a time.
+        """
+        refer(self._graph, self._way, reference)
+        held = 2 * sum(each.nbytes for each in self._seen.values())  # before and behind each nonlinearity
+        if "deeplift" in self.sums:
+            self._bases = dict(self._seen)
+        self._seen.clear()
+        return _rows_at_a_time(size, held) if reference.device.type == "cpu" else size
+
+    def _see(self, inputs: Tensor, labels: Tensor, reference: Tensor) -> None:
         lifted = "deeplift" in self.sums
-        missing = size - len(inputs) + int(lifted)
+        missing = self._rows - len(inputs)
         rows = torch.cat([inputs, reference.expand(missing, *reference.shape[1:])]) if missing else inputs
-        self._way.rows, self._way.rescale = len(rows), False
+        self._way.rescale = False
         with torch.set_grad_enabled(bool({"taylor", "deeplift"} & self.sums.keys())):
             logits = self._graph(rows.requires_grad_())[: len(labels)]
             if logits.shape[1] < len(self.counts):
@@ -123,8 +149,8 @@ class Gatherer:
                 continue
             found = self._way.sums.get(site.node.name)
             if found is None:
-                base = activation.detach()[-1:] if name == "deeplift" else None
-                found = _products(activation.detach(), base, multiplier, site)
+                bases = [self._bases[site.node.name]] if name == "deeplift" else []
+                found = _products(activation.detach(), multiplier, site, *bases)
             self._add(name, site, found.abs(), labels)
 
     def _add_levels(self, activations: list[Tensor], labels: Tensor) -> None:
@@ -142,10 +168,9 @@ class Gatherer:
 
     def _add_grams(self, count: int) -> None:
         for reader in self._readers:
-            x = self._seen[reader.node.name].detach()[:count]
-            rows = _channel_rows(x, reader)
-            self.grams[reader.name] += (rows @ rows.T).cpu()
-            self.positions[reader.name] += rows.shape[1]
+            table = _channel_table(self._seen[reader.node.name].detach()[:count], reader)
+            self.grams[reader.name] += _second_moment(table)
+            self.positions[reader.name] += len(table)
 
     def _add_windows(self, inputs: Tensor) -> None:
         if not self._windows:
@@ -158,14 +183,36 @@ class Gatherer:
             self.window_positions[window.name] += positions_of(x, window.layer, window.channels)
 
 
+def _keep_memory() -> None:
+    """Let the allocator keep what a batch gives back for the next one: getting it anew takes up to a third of the time.
+
+    The C library of Linux hands memory back beyond twice the largest block that was freed so far, blocks of 32 MB and
+    more not counted (mallopt(3), M_MMAP_THRESHOLD). So one block just below that is taken, never touched, and freed.
+    """
+    torch.empty(KEPT // 2, dtype=torch.uint8)
+
+
+def _rows_at_a_time(size: int, held: int) -> int:
+    """Halve a batch until what is held of its rows, `held` bytes of each, is kept; leave it whole when it never is."""
+    rows = size
+    while rows * held > KEPT:
+        if rows // 2 < FEWEST:
+            return size
+        rows = -(-rows // 2)
+    return rows
+
+
 def _summed(site: Site, products: Tensor) -> Tensor:
     return _over_map(products, site, torch.sum)
 
 
-def _products(activation: Tensor, base: Tensor | None, multiplier: Tensor, site: Site) -> Tensor:
-    """Sum (activation - base) * multiplier over the map. Returns float64 [n, neurons]."""
-    product = activation * multiplier if base is None else (activation - base).mul_(multiplier)
-    return _summed(site, product)
+def _products(activation: Tensor, multiplier: Tensor, site: Site, *bases: Tensor) -> Tensor:
+    """Sum (activation - base) * multiplier over the map, or without a base. Returns float64 [n, neurons]."""
+    found = []
+    for part, base in in_parts(activation, *bases):
+        moved = activation[part] - base[0] if base else activation[part]
+        found.append(_summed(site, moved * multiplier[part]))
+    return torch.cat(found)
 
 
 def _over_map(x: Tensor, site: Site, reduce: Callable[..., Tensor]) -> Tensor:
@@ -175,12 +222,19 @@ def _over_map(x: Tensor, site: Site, reduce: Callable[..., Tensor]) -> Tensor:
     return (reduce(wide, places) if places else wide).cpu().double()
 
 
-def _channel_rows(x: Tensor, reader: Reader) -> Tensor:
-    """Channels that enter a reader, over samples and positions. Returns float64 [channels, positions]."""
+def _channel_table(x: Tensor, reader: Reader) -> Tensor:
+    """Channels that enter a reader, over samples and positions. Returns float64 [positions, channels]."""
     if reader.dim == 1:
-        x = x.flatten(2) if x.dim() > 2 else x.unflatten(1, (len(reader.ids), -1))
-        return x.double().transpose(0, 1).flatten(1)
-    return x.double().flatten(0, -2).T
+        x = (x if x.dim() > 2 else x.unflatten(1, (len(reader.ids), -1))).movedim(1, -1)
+    return x.flatten(0, -2).double()
+
+
+def _second_moment(table: Tensor) -> Tensor:
+    """Sum of x x^T over the rows of a table. NumPy sees that the product is symmetric and computes half of it."""
+    if table.device.type != "cpu":
+        return (table.T @ table).cpu()
+    array = table.numpy()
+    return torch.from_numpy(array.T @ array)
 
 
 def readers(sites: Sites) -> Iterator[Reader]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,18 +20,13 @@ from nss.windows import window_moment
 
 @dataclass(frozen=True)
 class _Term:
-    """One layer: its free rows now and at the start, and the second moment of what each of them reads."""
+    """One layer: its free rows at the start, and the second moment of what each of them reads."""
 
-    now: Callable[[], tuple[Tensor | None, Tensor | None]]
+    layer: FreeRows
     start: Tensor
     moment: Tensor
     """[inputs + 1, inputs + 1], or [rows, inputs + 1, inputs + 1] where each row reads channels of its own"""
     outputs: int
-
-    def change(self) -> Tensor:
-        """Return the mean over all outputs of the squared change on old inputs."""
-        moved = _rows(self.now(), self.moment.shape[-1] - 1) - self.start
-        return cast(Tensor, _Quadratic.apply(moved, self.moment)) / self.outputs
 
 
 class Guard:
@@ -54,28 +49,43 @@ class Guard:
             if isinstance(layer, FreeRows) and layer.weight is not None:
                 moment = _read_by(layer, profile.window(producer.name)).to(layer.weight)
                 start = _rows(layer.effective(), moment.shape[-1] - 1).detach().clone()
-                self._terms.append(_Term(layer.effective, start, moment, len(producer.out_ids)))
+                self._terms.append(_Term(layer, start, moment, len(producer.out_ids)))
 
     def __call__(self) -> Tensor:
         """Return the guard of the free rows as they are now, with gradients; zero at the start."""
-        return torch.stack([term.change() for term in self._terms]).sum()
+        return cast(
+            Tensor, _Change.apply(self._terms, *(each for term in self._terms for each in term.layer.effective()))
+        )
 
 
-class _Quadratic(torch.autograd.Function):
-    """Sum of x_i^T G_i x_i for symmetric G. Its gradient is 2 G x: the product that the value needs serves it too."""
+class _Change(torch.autograd.Function):
+    """Sum over terms of x_i^T G x_i / outputs, x_i the change of a row. Its gradient is 2 G x_i / outputs.
+
+    The product that the value needs serves the gradient too, and with one function for all layers there is little else.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, moment: Tensor) -> Tensor:
-        """x: [rows, .., inputs]; moment: [inputs, inputs] or [rows, inputs, inputs]."""
-        product = x @ moment if moment.dim() == 2 else (x[:, None] @ moment)[:, 0]
-        ctx.save_for_backward(product)
-        return (product * x).sum()
+    def forward(ctx: Any, terms: Sequence[_Term], *effective: Tensor | None) -> Tensor:
+        """effective: weight and bias of each term."""
+        products, values = [], []
+        for term, weight, bias in zip(terms, effective[::2], effective[1::2], strict=True):
+            moved = _rows((weight, bias), term.moment.shape[-1] - 1).sub_(term.start)
+            product = moved @ term.moment if term.moment.dim() == 2 else (moved[:, None] @ term.moment)[:, 0]
+            values.append(torch.dot(product.flatten(), moved.flatten()) / term.outputs)
+            products.append(product.mul_(2 / term.outputs))
+        ctx.save_for_backward(*products)
+        ctx.shapes = [cast(Tensor, weight).shape for weight in effective[::2]]
+        return torch.stack(values).sum()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Return the gradient of x alone."""
-        return 2 * gradient * ctx.saved_tensors[0], None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of all weights and biases."""
+        found: list[Tensor | None] = [None]
+        for product, shape in zip(ctx.saved_tensors, ctx.shapes, strict=True):
+            of_weight, of_bias = _weight_and_bias(product * gradient, shape)
+            found += [of_weight, of_bias if ctx.needs_input_grad[len(found) + 1] else None]
+        return tuple(found)
 
 
 def _rows(effective: tuple[Tensor | None, Tensor | None], inputs: int) -> Tensor:
@@ -90,6 +100,13 @@ def _rows(effective: tuple[Tensor | None, Tensor | None], inputs: int) -> Tensor
     apart = weight.unflatten(1, (inputs, -1)).mT
     lone = torch.cat([apart.new_zeros(len(apart), 1, inputs), last[:, None]], 2)
     return torch.cat([torch.cat([apart, torch.zeros_like(apart[:, :, :1])], 2), lone], 1)
+
+
+def _weight_and_bias(rows: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Undo `_rows`: return a weight of that shape and a bias."""
+    if rows.dim() == 2:
+        return rows[:, :-1].reshape(shape), rows[:, -1]
+    return rows[:, :-1, :-1].mT.reshape(shape), rows[:, -1, -1]
 
 
 def _read_by(layer: FreeRows, mean: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from nss.errors import ModelError
-from nss.files import file_digest, read_tensors, replacing, write_json, write_tensors
+from nss.files import file_digest, replacing, write_json
 from nss.mask import ChannelMask
 from nss.model_spec import FORMAT, read_spec
 from nss.model_spec import ModelSpec as ModelSpec
@@ -30,6 +30,7 @@ from nss.operations import LAYERS
 from nss.routing import Router
 from nss.rows import FreeRows
 from nss.surgery import shrink
+from nss.tensor_files import read_tensors, write_tensors
 from nss.weight_masks import MASK, apply_masks, plain_state
 from nss.wiring import Columns, read_earlier
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from nss.data import Data, iter_batches
 from nss.errors import ProfileError
-from nss.files import read_tensors, write_tensors
 from nss.gather import Gatherer
 from nss.model import Classifier, device_of, evaluating, model_digest, network_of, on_device, shape_of
 from nss.prefetch import read_ahead
 from nss.samples import rank_in_class
 from nss.sites import find_sites
+from nss.tensor_files import read_tensors, write_tensors
 
 METRICS = ("avg", "var", "ens", "taylor", "deeplift")
 # Which sums each metric is computed from.

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 # Convolution kernels work on blocks of channels: the weight gradient of 51 rows takes longer than that of 64.
 BLOCK = 16
-# With more rows than this share, one kernel for all of them is faster than picking some out.
-MOST = 0.75
+# With more rows or channels than this share, one kernel for all of them is faster than picking some out.
+MOST = 0.8
 
 
 class FreeRows(nn.Module):
@@ -124,29 +124,34 @@ class FreeLinear(FreeRows):
 
 
 class FreeConvolution(FreeRows):
-    """A convolution over one, two or three axes, with groups; a BatchNorm right behind it is folded into it."""
+    """A convolution over one, two or three axes, with groups; a BatchNorm and a ReLU right behind it are part of it."""
 
-    def __init__(self, layer: nn.Module, rows: Tensor, norm: FreeNorm | None) -> None:
+    folded_weight: Tensor
+    """all rows with the norm folded in, as they were when frozen"""
+    folded_bias: Tensor | None
+
+    def __init__(self, layer: nn.Module, rows: Tensor, norm: FreeNorm | None, rectified: bool) -> None:
         super().__init__(layer, rows)
-        self.norm = norm
+        self.norm, self.rectified = norm, rectified
+        weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
         if norm is not None:
             norm.folded = True
+            weight, bias = norm.fold(weight, bias)
+        self.register_buffer("folded_weight", weight, persistent=False)
+        self.register_buffer("folded_bias", bias, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [n, inputs, ..]. Returns [n, outputs, ..]."""
-        layer = cast(nn.Conv2d, self.layer)
+        layer, used = cast(nn.Conv2d, self.layer), getattr(x.grad_fn, "used", None)
         padding = list(layer.padding) if not isinstance(layer.padding, str) else [0] * len(layer.stride)
         if layer.padding == "same" or layer.padding_mode != "zeros":
             mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
             x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode), [0] * len(padding)
         how = _How(list(layer.stride), padding, list(layer.dilation), layer.groups)
-        weight, bias = cast(Tensor, self.whole("weight")), self.whole("bias")
-        if self.norm is not None:
-            weight, bias = self.norm.fold(weight, bias)
         free, free_bias = self.effective()
-        if free is None:
-            return _convolve(x, weight, bias, how)
-        return cast(Tensor, _ConvolutionRows.apply(x, free, free_bias, weight, bias, self.rows, how))
+        weight, bias = _with(self.folded_weight, self.rows, free), _with(self.folded_bias, self.rows, free_bias)
+        args = (x, free, free_bias, weight, bias, self.rows, used, how, self.rectified)
+        return cast(Tensor, _ConvolutionRows.apply(*args))
 
     def effective(self) -> tuple[Tensor | None, Tensor | None]:
         """Return weight and bias of the free rows with the norm folded in, with gradients."""
@@ -154,6 +159,28 @@ class FreeConvolution(FreeRows):
         if self.norm is None or weight is None:
             return weight, self.bias
         return self.norm.fold_rows(weight, self.bias)
+
+
+class FoldedActivation(nn.Module):
+    """A ReLU whose work the convolution before it does."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.training = layer.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x."""
+        return x
+
+    def settled(self) -> nn.Module:
+        """Return the ReLU."""
+        return self.layer
+
+
+def _with(held: Tensor | None, rows: Tensor, free: Tensor | None) -> Tensor | None:
+    """Return a copy of what is held with the free rows as they are now; gradients do not pass."""
+    return held if held is None or free is None else held.clone().index_copy_(0, rows, free.detach())
 
 
 @dataclass(frozen=True)
@@ -190,30 +217,50 @@ class _LinearRows(torch.autograd.Function):
 
 
 class _ConvolutionRows(torch.autograd.Function):
-    """A convolution with gradients for its input and for the free rows of its weight and bias."""
+    """A convolution, and a ReLU, with gradients for its input and for the free rows of its weight and bias."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        free: Tensor,
+        free: Tensor | None,
         free_bias: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         rows: Tensor,
+        used: Tensor | None,
         how: _How,
+        rectified: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, rows)
+        y = _convolve(x, weight, bias, how)
+        if rectified:
+            y.relu_()
+        ctx.save_for_backward(x, weight, rows, used, y if rectified else None)
         ctx.how = how
-        return _convolve(x, weight, bias, how)
+        # Where nothing below moves, no more of the gradient is used than that of the free rows.
+        ctx.used = None if ctx.needs_input_grad[0] else rows
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, rows = ctx.saved_tensors
-        to_input = _gradients(grad, x, weight, ctx.how, 0) if ctx.needs_input_grad[0] else None
-        to_rows, to_bias = _of_rows(grad, x, weight, rows, ctx.how)
-        return to_input, to_rows, to_bias if ctx.needs_input_grad[2] else None, None, None, None, None
+        x, weight, rows, used, y = ctx.saved_tensors
+        if y is not None:
+            grad = torch.ops.aten.threshold_backward(grad, y, 0)
+        to_input = _to_input(grad, x, weight, used, ctx.how) if ctx.needs_input_grad[0] else None
+        to_rows, to_bias = _of_rows(grad, x, weight, rows, ctx.how) if ctx.needs_input_grad[1] else (None, None)
+        return to_input, to_rows, to_bias if ctx.needs_input_grad[2] else None, *[None] * 6
+
+
+def _to_input(grad: Tensor, x: Tensor, weight: Tensor, used: Tensor | None, how: _How) -> Tensor:
+    """Gradient of the input; where only some channels of it are used, the others are zero."""
+    if used is None or how.groups > 1 or len(used) > MOST * x.shape[1]:
+        return _gradients(grad, x, weight, how, 0)
+    some = _gradients(grad, torch.empty_like(x[:, : len(used)]), weight[:, used], how, 0)
+    places = used.new_full((x.shape[1],), len(used)).index_copy_(0, used, torch.arange(len(used), device=used.device))
+    last = some.movedim(1, -1)
+    filled = torch.cat([last, last.new_zeros(*last.shape[:-1], 1)], -1).movedim(-1, 1)
+    return _channels(filled, places)
 
 
 def _gradients(grad: Tensor, x: Tensor, weight: Tensor, how: _How, which: int) -> Tensor:
@@ -231,7 +278,7 @@ def _of_rows(grad: Tensor, x: Tensor, weight: Tensor, rows: Tensor, how: _How) -
     count, groups = len(weight), how.groups
     places = [0, *range(2, grad.dim())]
     chosen = _filled(rows, count) if groups == 1 else rows
-    if groups in (1, x.shape[1]) and len(chosen) < MOST * count:
+    if groups in (1, x.shape[1]) and len(chosen) <= MOST * count:
         if groups > 1:  # depthwise: a row reads one channel
             x, how = _channels(x, rows // (count // groups)), replace(how, groups=len(rows))
         some = _channels(grad, chosen)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from nss.errors import ModelError
-from nss.files import read_tensors
 from nss.model import Classifier
+from nss.tensor_files import read_tensors
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 # What training scripts call the weights among other things that they save.

@@ -10,6 +10,7 @@ import tempfile
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from nss.data import Dataset, load_data
@@ -20,8 +21,9 @@ from nss.model import Classifier, load_model, model_digest, save_model
 from nss.sites import find_sites
 from nss.weights import SUFFIXES, fill
 from tasks.base import untrained
+from tasks.card import adopted_card
 from tasks.champion import read_champion
-from tasks.data import require_committed
+from tasks.committed import require_committed
 from tasks.gate import figures_of
 from tasks.ledger import locked
 from tasks.lineage import find_version
@@ -31,6 +33,7 @@ from tasks.promotion import Move, make, place_of, resume
 from tasks.provenance import data_md5, provenance_tags
 from tasks.register import Registered
 from tasks.registry import PREVIOUS, Registry, Version, figure_tags, version_key
+from tasks.report_facts import ClassChange, Judged
 from tasks.sizes import sizes_of
 from tasks.tracking import Tracker
 from tasks.workspace import Workspace
@@ -101,11 +104,34 @@ class _Candidate:
     def batches(self) -> list[str]:
         return [batch.digest for batch in self.data.batches]
 
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        return sizes_of(self.model, self.folder)
+
     @property
     def figures(self) -> dict[str, float]:
         """What a version is compared by, under the names that the gate gives them."""
-        sizes = sizes_of(self.model, self.folder)
-        return figures_of(Candidate(VERB, self.scores.images, self.scores.accuracy, self.scores.per_class, size=sizes))
+        scores = self.scores
+        return figures_of(Candidate(VERB, scores.images, scores.accuracy, scores.per_class, size=self.sizes))
+
+    def card(self, workspace: Workspace) -> str:
+        """Return its model card."""
+        scores = self.scores
+        judged = Judged(
+            VERB,
+            self.sizes,
+            verdict="",
+            words="",
+            reasons=(),
+            model=self.digest,
+            parent=None,
+            batches=tuple(self.batches),
+            images=scores.images,
+            accuracy=scores.accuracy,
+            classes=tuple(ClassChange(name, None, None, value) for name, value in scores.per_class.items()),
+            compared=(),
+        )
+        return adopted_card(judged, self.model.spec, self.origin, provenance_tags(workspace))
 
 
 def _data(workspace: Workspace) -> Dataset:
@@ -235,6 +261,7 @@ def _logged(workspace: Workspace, params: Params, tracker: Tracker, candidate: _
     if run.info.status != "FINISHED":
         tracker.log(run, metrics=candidate.figures)
         tracker.log_data(run_id, "data", workspace.data, data_md5(workspace), "evaluation")
+        tracker.client.log_text(run_id, candidate.card(workspace), "card.md")
         tracker.client.log_dict(run_id, candidate.scores.to_dict(), f"{params.evaluate.split}.json")
         tracker.end(run_id, "FINISHED")
     return run_id, model_id

@@ -1,4 +1,4 @@
-"""The model card of a candidate: what it is, how it was judged, what it was made of. Markdown.
+"""The card of a candidate, or of a model that was adopted: what it is, how good, what it was made of. Markdown.
 
 Sections follow Mitchell et al., Model Cards for Model Reporting, 2019.
 """
@@ -6,9 +6,10 @@ Sections follow Mitchell et al., Model Cards for Model Reporting, 2019.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from nss.errors import StageError
+from nss.model_spec import ModelSpec
 from tasks.report_facts import Compared, Facts, Judged, read_facts
 from tasks.workspace import Workspace
 
@@ -17,6 +18,7 @@ _MADE = {
     "restructure": "made smaller",
     "readapt": "tuned to follow new images",
     "extend": "extended by new classes",
+    "adopt": "trained elsewhere",
 }
 _SPECIAL = re.compile(r"([\\`*_\[\]<|~$&])")
 
@@ -39,6 +41,28 @@ def model_card(workspace: Workspace, verb: str, origin: Mapping[str, str]) -> st
     return "\n".join(_lines(facts, judged, origin)) + "\n"
 
 
+def adopted_card(judged: Judged, spec: ModelSpec, source: str, origin: Mapping[str, str]) -> str:
+    """Return the card of a model that was taken from elsewhere.
+
+    judged: of the verb `adopt`, with what was measured of it. source: where it was found. origin: see `model_card`.
+
+    >>> adopted_card(judged, model.spec, "models:/cats/3", provenance_tags(find_workspace()))  # doctest: +SKIP
+    '# Model card: adopt...'
+    """
+    lines = [
+        f"# Model card: {judged.verb} {judged.model[:12]}",
+        "",
+        *_what(judged, spec.input_shape, spec.factory),
+        f"- taken from: {plain(source)}",
+        *("", "| figure | this model |", "|---|---:|"),
+        *(f"| {name} | {value:,} |" for name, value in judged.size.items()),
+        *("", "## Verdict of the gate", "", "none: it was made the champion by hand, as the ledger says"),
+        *("", "## Accuracy", "", *_accuracy(judged)),
+        *_ending(judged, origin),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _lines(facts: Facts, judged: Judged, origin: Mapping[str, str]) -> Iterator[str]:
     yield from (f"# Model card: {judged.verb} {judged.model[:12]}", "")
     yield from _model(facts, judged)
@@ -48,6 +72,10 @@ def _lines(facts: Facts, judged: Judged, origin: Mapping[str, str]) -> Iterator[
     yield from _accuracy(judged)
     for part in judged.compared:
         yield from ("", *_compared(part, facts.reference))
+    yield from _ending(judged, origin)
+
+
+def _ending(judged: Judged, origin: Mapping[str, str]) -> Iterator[str]:
     yield from ("", "## Data", "")
     yield f"- data version `{origin.get('nss.data_md5', 'unknown')}`"
     yield f"- batches it knows: {', '.join(f'`{each}`' for each in judged.batches)}"
@@ -57,13 +85,17 @@ def _lines(facts: Facts, judged: Judged, origin: Mapping[str, str]) -> Iterator[
     yield "- Accuracies are on held-out images of the same batches; other sources of images may give others."
 
 
-def _model(facts: Facts, judged: Judged) -> Iterator[str]:
-    shape = " x ".join(map(str, facts.input_shape))
+def _what(judged: Judged, input_shape: Sequence[int], factory: str) -> Iterator[str]:
+    shape = " x ".join(map(str, input_shape))
     yield f"- what: an image classifier of {len(judged.classes)} classes with held-out images, {_MADE[judged.verb]}"
     yield f"- classes: {', '.join(plain(each.name) for each in judged.classes)}"
     yield f"- input: uint8 images, channels x height x width {shape}; its normalisation is part of it"
-    yield f"- factory: `{facts.factory}`"
+    yield f"- factory: `{factory}`"
     yield f"- digest: `{judged.model}`"
+
+
+def _model(facts: Facts, judged: Judged) -> Iterator[str]:
+    yield from _what(judged, facts.input_shape, facts.factory)
     champion = f", which is {plain(facts.champion)}" if facts.champion else ""
     yield f"- made of: `{judged.parent}`{champion}" if judged.parent else "- made of: no other model"
     yield from ("", "| figure | this model | base model |", "|---|---:|---:|")

@@ -9,12 +9,14 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nss.errors import StageError
 from nss.files import read_json, replacing, write_json
-from nss.model import Classifier, load_model, model_digest
 from tasks.workspace import Workspace
+
+if TYPE_CHECKING:
+    from nss.model import Classifier
 
 _KEYS = {"name": str, "version": int, "model": str, "batches": list}
 
@@ -60,6 +62,9 @@ def _is_pin(content: Any) -> bool:
 
 def load_champion(workspace: Workspace, champion: Champion) -> Classifier:
     """Return the model in champion/. Raises StageError when it is missing, or not the one that is pinned."""
+    # PyTorch, which nobody needs who only asks which champion is pinned.
+    from nss.model import load_model, model_digest
+
     name = f"{champion.name} version {champion.version}"
     if not workspace.champion.is_dir():
         raise StageError(

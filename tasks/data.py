@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nss.data import status as data_status
-from nss.errors import DataError, StageError
+from nss.errors import DataError
 from nss.ingest import Added, add_batch, demo
 from tasks.lock import exclusive
 from tasks.pipeline import Pipeline
@@ -56,16 +56,6 @@ def add_all(
         if any(isinstance(each, Added) for each in done):
             pipeline.add_data()
     return done
-
-
-def require_committed(pipeline: Pipeline) -> None:
-    """Raise StageError when data/, which is there, is not what data.dvc names. Data that nobody versions passes."""
-    if pipeline.has_changed_data():
-        raise StageError(
-            "data/ is not what data.dvc names",
-            where=str(pipeline.workspace.data),
-            fix="`dvc add data` to take it as the new version, `dvc checkout data.dvc` to go back",
-        )
 
 
 def _require_present(pipeline: Pipeline) -> None:

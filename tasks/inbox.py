@@ -1,7 +1,7 @@
 """The inbox: what is dropped into a folder and has settled becomes a batch of data/, or is put aside with its problems.
 
 Whatever step a kill hits, the next `take` completes it: a batch is named by its content, so adding it again does no
-harm, and an entry leaves the inbox last.
+harm, and an entry leaves the inbox last. What changes while it is being read stays for the next look.
 """
 
 from __future__ import annotations
@@ -106,10 +106,16 @@ def take(
 ) -> Taken:
     """Add entries of an inbox to data/ as one version, then move each to .done/ or, with its problems, .rejected/.
 
+    One that is another when it has been read, or gone, is neither: somebody wrote to it, or took it, meanwhile.
+
     Raises BusyError while a cycle runs, and DataError when data/ itself cannot be used; then every entry stays.
     """
     arrived, refused = [], []
-    for entry, done in zip(entries, add_all(workspace, entries, new_classes=new_classes, resize=resize), strict=True):
+    prints = [_print(entry) for entry in entries]
+    added = add_all(workspace, entries, new_classes=new_classes, resize=resize)
+    for entry, before, done in zip(entries, prints, added, strict=True):
+        if not before or _print(entry) != before:
+            continue
         if isinstance(done, Added):
             _move(entry, entry.parent / DONE, f"{datetime.now():%Y%m%d-%H%M%S}-{entry.name}")
             arrived.append(Arrived(entry.name, done.digest, done.images, done.already_present))
@@ -119,20 +125,20 @@ def take(
 
 
 def _refuse(entry: Path, error: DataError) -> Refused:
-    place = _move(entry, entry.parent / REJECTED, entry.name)
     problems = error.problems or (error.what,)
     text = "\n".join([*problems, *([f"fix: {error.fix}"] if not error.problems and error.fix else [])])
-    place.with_name(f"{place.name}.problems.txt").write_text(f"{text}\n", encoding="utf-8")
-    return Refused(entry.name, problems, str(place))
+    return Refused(entry.name, problems, str(_move(entry, entry.parent / REJECTED, entry.name, f"{text}\n")))
 
 
-def _move(entry: Path, folder: Path, name: str) -> Path:
-    """Rename the entry into the folder, under a further name when that one is taken."""
+def _move(entry: Path, folder: Path, name: str, problems: str = "") -> Path:
+    """Rename the entry into the folder, under a further name when that one is taken; its problems are there first."""
     try:
         folder.mkdir(exist_ok=True)
         place, number = folder / name, 2
-        while place.exists():
+        while os.path.lexists(place):
             place, number = folder / f"{name}-{number}", number + 1
+        if problems:
+            place.with_name(f"{place.name}.problems.txt").write_text(problems, encoding="utf-8")
         return entry.rename(place)
     except OSError as problem:
         raise DataError(
@@ -143,20 +149,48 @@ def _move(entry: Path, folder: Path, name: str) -> Path:
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    if folder.is_dir():
+    try:
         yield from sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except FileNotFoundError:
+        return
+    except OSError as problem:
+        raise DataError(
+            f"the inbox cannot be read ({problem.strerror})",
+            where=str(folder),
+            fix="make it a folder that nss may read",
+        ) from None
 
 
 def _print(entry: Path) -> Print:
     """Return name, size and both times of every file: a copy that keeps the old time of change still changes ctime."""
-    files = [entry] if not entry.is_dir() else [Path(top, name) for top, _, names in os.walk(entry) for name in names]
-    return tuple(row for path in sorted(files) for row in _row(path, entry))
+    return tuple(row for path in sorted(_files(entry)) for row in _row(path, entry))
+
+
+def _files(entry: Path) -> Iterator[Path]:
+    """Name all files below an entry, and what cannot be looked into: whoever reads it says why it is no good."""
+    if not os.path.isdir(entry):
+        yield entry
+        return
+    root, seen, closed = os.path.realpath(entry), set(), []
+    for top, folders, names in os.walk(entry, followlinks=True, onerror=closed.append):
+        # A link that leads out of the entry is not followed, and one in a circle once.
+        real = os.path.realpath(top)
+        if real in seen or not Path(real).is_relative_to(root):
+            folders.clear()
+            yield Path(top)
+        else:
+            seen.add(real)
+            yield from (Path(top, name) for name in names)
+    yield from (Path(error.filename) for error in closed)
 
 
 def _row(path: Path, entry: Path) -> Iterator[tuple[str, int, int, int]]:
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        # It went away between listing and looking: the next look differs from this one.
+    """Look at a file; a link to one counts as that one, as for whoever reads the source."""
+    for look in (path.lstat,) if path.is_dir() else (path.stat, path.lstat):
+        try:
+            found = look()
+        except OSError:
+            # A link that leads nowhere; or it went away between listing and looking, and the next look differs.
+            continue
+        yield str(path.relative_to(entry)), found.st_size, found.st_mtime_ns, found.st_ctime_ns
         return
-    yield str(path.relative_to(entry)), found.st_size, found.st_mtime_ns, found.st_ctime_ns

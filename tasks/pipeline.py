@@ -1,33 +1,29 @@
-"""The stages as DVC sees them: order, keys, cleanliness, reproduction. The only module that uses DVC's inner parts."""
+"""The stages as DVC sees them: order, keys, cleanliness, reproduction.
+
+Only this module, tasks/dvc_damage.py and tasks/dvc_errors.py use DVC's inner parts.
+"""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import logging
 import os
-import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-from dvc.exceptions import DvcException, NotDvcRepoError
-from dvc.lock import LockError
+from dvc.exceptions import DvcException
 from dvc.repo import Repo
-from dvc.schema import COMPILED_LOCKFILE_SCHEMA
 from dvc.stage.exceptions import StageCmdFailedError
-from dvc_data.hashfile.tree import Tree
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-from voluptuous import Invalid
 
-from nss.errors import BusyError, NssError, StageError
+from nss.errors import NssError, StageError
+from tasks.dvc_damage import drop_broken_list, drop_cut_off_files, drop_damaged, drop_damaged_lists
+from tasks.dvc_errors import failure, full_disk, listening, translate
 from tasks.layout import CODE
 from tasks.processes import process_id, stop
 from tasks.workspace import Workspace
@@ -40,20 +36,6 @@ LOG = "NSS_STAGE_LOG"
 """Environment variable naming the file that takes what a stage prints."""
 OWNER = "NSS_STAGE_OWNER"
 """Environment variable of a stage that says which process began it, see `tasks.processes.process_id`."""
-
-_HOLDER = re.compile(r"\(PID (\d+)\): (.*)")
-# Exit codes of a stage that Ctrl-C ended: its own, and the signal itself.
-_INTERRUPTED = ("130", "-2")
-# DVC's list of who works where, in its folder for temporary files.
-_RWLOCK = "rwlock"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FULL_WORDS = ("No space left on device", "Disk quota exceeded", "disk is full", "File too large")
-
-# DVC's messages come back as exceptions; what is left would be progress bars between our lines.
-logging.getLogger("dvc").setLevel(logging.CRITICAL)
-_COPYING = logging.getLogger("dvc_data")
-_COPYING.propagate = False
-_COPYING.handlers.clear()
 
 
 @dataclass(frozen=True)
@@ -79,15 +61,26 @@ class Pipeline:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
+        self._kept: _Kept | None = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """In this block dvc.yaml and dvc.lock are read once, and again only after one of them has changed."""
+        self._kept = _Kept(self.workspace.root)
+        try:
+            yield
+        finally:
+            self._kept.close()
+            self._kept = None
 
     def stages(self) -> tuple[str, ...]:
         """Names of the stages that have a command, each after those that it depends on."""
-        with self._repo() as repo:
+        with self._reading() as repo:
             return tuple(stage.name for stage in _in_order(repo))
 
     def stale(self) -> tuple[str, ...]:
         """Names of the stages whose inputs or outputs are not what dvc.lock records, in the same order."""
-        with self._repo() as repo, repo.lock:
+        with self._reading() as repo, repo.lock:
             return tuple(stage.name for stage in _in_order(repo) if stage.status(check_updates=True))
 
     def stage_key(self, name: str) -> StageKey:
@@ -95,17 +88,14 @@ class Pipeline:
 
         Raises StageError when a dependency is missing.
         """
-        with self._repo() as repo:
-            (stage,) = repo.stage.collect(name)
-            return _key(stage)
+        with self._reading() as repo:
+            return _key(_named(repo, name))
 
     def look(self, name: str) -> tuple[StageKey, bool]:
-        """Return the stage's key, and whether inputs and outputs are what dvc.lock records; dvc.yaml is read once."""
-        with self._repo() as repo, repo.lock:
-            (stage,) = repo.stage.collect(name)
-            # Before the key, for which the dependencies are hashed as they are now.
-            is_clean = not stage.status(check_updates=True)
-            return _key(stage), is_clean
+        """Return the stage's key, and whether inputs and outputs are what dvc.lock records."""
+        with self._reading() as repo, repo.lock:
+            stage = _named(repo, name)
+            return _key(stage), not stage.status(check_updates=True)
 
     def has_changed_data(self) -> bool | None:
         """Say whether data/ differs from data.dvc; None when nobody versions it."""
@@ -138,10 +128,10 @@ class Pipeline:
         Raises StageError when it is not there, or damaged: then nothing is brought back.
         """
         with self._repo() as repo:
-            damaged = _drop_damaged_lists(repo, pointer)
+            damaged = drop_damaged_lists(repo, pointer)
             if not damaged:
                 repo.checkout(targets=[pointer])
-                damaged = _drop_damaged(repo, pointer)
+                damaged = drop_damaged(repo, pointer)
         if damaged:
             raise StageError(
                 f"DVC's cache is damaged: {', '.join(damaged)} has not the hash that {pointer} names",
@@ -156,10 +146,7 @@ class Pipeline:
         user's, and stays. Raises BusyError when somebody is at work on them.
         """
         with self._repo(mend=False) as repo, repo.lock:
-            files = {Path(repo.tmp_dir, _RWLOCK): json.loads, self.workspace.root / "dvc.lock": _read_lock}
-            broken = [path for path, read in files.items() if path.is_file() and _is_broken(path, read)]
-            for path in broken:
-                path.unlink()
+            broken = drop_cut_off_files(repo)
         return [str(path.relative_to(self.workspace.root)) for path in broken]
 
     def reproduce(self, name: str, env: Mapping[str, str] | None = None) -> Outcome:
@@ -172,7 +159,7 @@ class Pipeline:
         outcome = self._reproduce(name, env)
         if outcome == "restored":
             with self._repo() as repo:
-                damaged = _drop_damaged(repo, name)
+                damaged = drop_damaged(repo, name)
             if damaged:
                 outcome = self._reproduce(name, env)
         return outcome
@@ -184,10 +171,10 @@ class Pipeline:
             run_env = {"PATH": _path(), RECEIPT: str(receipt), LOG: str(log), OWNER: process_id(), **(env or {})}
             try:
                 with self._repo() as repo:
-                    _drop_damaged_lists(repo, name)
+                    drop_damaged_lists(repo, name)
                     done = repo.reproduce(targets=[name], single_item=True, run_env=run_env)
             except StageCmdFailedError as error:
-                raise _failure(name, str(error), log) from None
+                raise failure(name, str(error), log) from None
             except NssError:
                 raise
             except BaseException:
@@ -196,31 +183,71 @@ class Pipeline:
             return "cached" if not done else "executed" if receipt.exists() else "restored"
 
     @contextmanager
+    def _reading(self) -> Iterator[Repo]:
+        """Yield a repository to look at, the one that is kept if one is."""
+        if self._kept is None:
+            with self._repo() as repo:
+                yield repo
+        else:
+            with self._at_root():
+                yield self._kept.repo()
+
+    @contextmanager
     def _repo(self, *, mend: bool = True) -> Iterator[Repo]:
+        with self._at_root(), Repo(str(self.workspace.root)) as repo:
+            if mend:
+                drop_broken_list(repo)
+            yield repo
+
+    @contextmanager
+    def _at_root(self) -> Iterator[None]:
+        """Have DVC's errors in our words. It reads names of stages, and its run-cache, relative to the folder."""
         root = self.workspace.root
-        with _listening() as heard:
+        with listening() as heard:
             try:
-                # DVC reads names of stages, and stages out of its run-cache, relative to the current folder.
-                with chdir(root), Repo(str(root)) as repo:
-                    if mend:
-                        _drop_broken_list(repo)
-                    yield repo
+                with chdir(root):
+                    yield
             except (DvcException, OSError) as error:
                 full = next(filter(None, (full_disk(each, root) for each in [error, *heard])), None)
-                raise full or _translate(error, root) from error
+                raise full or translate(error, root) from error
 
 
-@contextmanager
-def _listening() -> Iterator[list[BaseException]]:
-    """Gather the errors that DVC only logs when it fails to copy a file into its cache."""
-    heard: list[BaseException] = []
-    handler = logging.Handler(logging.ERROR)
-    handler.emit = lambda record: heard.extend(filter(None, (record.exc_info or ())[1:2]))
-    _COPYING.addHandler(handler)
+class _Kept:
+    """A repository that is opened again when what says which stages there are, or what they were, has changed."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._repo: Repo | None = None
+        self._seen: list[tuple[int, ...]] = []
+
+    def repo(self) -> Repo:
+        now = [_mark(self._root / name) for name in ("dvc.yaml", "dvc.lock", "params.yaml")]
+        if self._repo is None or now != self._seen:
+            self.close()
+            self._repo, self._seen = Repo(str(self._root)), now
+            drop_broken_list(self._repo)
+        return self._repo
+
+    def close(self) -> None:
+        if self._repo is not None:
+            self._repo.close()
+
+
+def _mark(path: Path) -> tuple[int, ...]:
     try:
-        yield heard
-    finally:
-        _COPYING.removeHandler(handler)
+        found = path.stat()
+    except FileNotFoundError:
+        return ()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _named(repo: Repo, name: str) -> Any:
+    """Return the stage; DVC says what is wrong where there is none."""
+    for stage in repo.index.stages:
+        if getattr(stage, "name", None) == name:
+            return stage
+    (stage,) = repo.stage.collect(name)
+    return stage
 
 
 def _in_order(repo: Repo) -> Iterator[Any]:
@@ -250,9 +277,15 @@ def _key(stage: Any) -> StageKey:
 
 def _dependency_rows(stage: Any) -> Iterator[tuple[str, str]]:
     for dep in stage.deps:
-        dep.save()
-        value = dep.hash_info.value
+        # Not `save`, which would make what is there now what the stage is said to have seen.
+        value = _hash(dep)
         yield dep.def_path, value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def _hash(dep: Any) -> Any:
+    if not dep.exists:
+        raise dep.DoesNotExistError(dep)
+    return dep.get_hash().value
 
 
 def _digest(content: Any) -> str:
@@ -266,133 +299,3 @@ def _path() -> str:
 
 def _children() -> set[psutil.Process]:
     return set(psutil.Process().children(recursive=True))
-
-
-def _read_lock(text: str) -> None:
-    if "<<<<<<<" not in text:
-        COMPILED_LOCKFILE_SCHEMA(YAML(typ="safe").load(text))
-
-
-def _is_broken(path: Path, read: Callable[[str], Any]) -> bool:
-    try:
-        read(path.read_text(encoding="utf-8"))
-    except (ValueError, YAMLError, Invalid):
-        return True
-    return False
-
-
-def _drop_broken_list(repo: Repo) -> None:
-    """Remove DVC's list of who works where when a kill has cut it off: nothing else in DVC works until then."""
-    path = Path(repo.tmp_dir, _RWLOCK)
-    if path.is_file() and _is_broken(path, json.loads):
-        # Whoever is writing it holds this lock.
-        with repo.lock:
-            if path.is_file() and _is_broken(path, json.loads):
-                path.unlink()
-
-
-def _drop_damaged(repo: Repo, name: str) -> list[str]:
-    """Return the files of a stage's outputs that are not what their hashes say, after removing them and their source.
-
-    DVC takes a file of its cache for good when it is read-only, and never hashes it again.
-    """
-    (stage,) = repo.stage.collect(name)
-    damaged = {out: {path: oid for path, oid in _hashes(out) if _md5(path) != oid} for out in stage.outs}
-    for out, files in damaged.items():
-        for oid in files.values():
-            cached = Path(out.cache.oid_to_path(oid))
-            if cached.exists() and _md5(cached) != oid:
-                cached.unlink()
-        if files:
-            out.remove()
-    return [str(path.relative_to(repo.root_dir)) for files in damaged.values() for path in files]
-
-
-def _drop_damaged_lists(repo: Repo, name: str) -> list[str]:
-    """Return the folders of a stage's outputs whose list of files in DVC's cache is damaged, after removing it."""
-    (stage,) = repo.stage.collect(name)
-    damaged = []
-    for out in stage.outs:
-        if out.use_cache and out.hash_info and out.hash_info.isdir:
-            cached = Path(out.cache.oid_to_path(out.hash_info.value))
-            if cached.exists() and f"{_md5(cached)}.dir" != out.hash_info.value:
-                cached.unlink()
-                damaged.append(out.def_path)
-    return damaged
-
-
-def _hashes(out: Any) -> Iterator[tuple[Path, str]]:
-    """Give the files of an output that DVC caches, and the hashes they should have."""
-    content = out.get_obj() if out.use_cache and out.hash_name == "md5" else None
-    if isinstance(content, Tree):
-        yield from ((Path(out.fs_path, *key), info.value) for key, _, info in content)
-    elif content is not None:
-        yield Path(out.fs_path), out.hash_info.value
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
-
-
-def full_disk(error: BaseException, root: Path) -> StageError | None:
-    """Return what to tell a user whose disk is full, None when the error has another reason."""
-    cause: BaseException | None = error
-    seen: set[int] = set()
-    # An exception that is raised again while it is handled may be its own context.
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
-        if getattr(cause, "errno", None) in _FULL or any(words in str(cause) for words in _FULL_WORDS):
-            return StageError(
-                f"there is no room left on the disk ({cause})",
-                where=str(getattr(cause, "filename", None) or root),
-                fix="free some, then run again; `dvc gc --workspace` removes what older versions left in DVC's cache",
-            )
-        cause = cause.__cause__ or cause.__context__
-    return None
-
-
-def _translate(error: DvcException | OSError, root: Path) -> Exception:
-    """Make DVC's error one of ours, by the deepest cause that says something."""
-    causes: list[BaseException] = [error]
-    while causes[-1].__cause__ is not None and causes[-1].__cause__ not in causes:
-        causes.append(causes[-1].__cause__)
-    for cause in causes:
-        if isinstance(cause, NssError | StageCmdFailedError):
-            return cause
-        if isinstance(cause, LockError):
-            return _busy(str(cause), root)
-        if isinstance(cause, NotDvcRepoError):
-            return StageError("this is no DVC repository", where=str(root), fix="dvc init")
-    if isinstance(error, OSError):
-        return error
-    return StageError(f"DVC: {causes[-1]}", where=str(root), fix="see `dvc status` and `dvc doctor`")
-
-
-def _busy(message: str, root: Path) -> BusyError:
-    found = _HOLDER.search(message)
-    holder = f"process {found[1]} ({found[2]})" if found else _lock_owner(root)
-    return BusyError(
-        f"the repository is in use by {holder}", where=str(root), fix="wait until it has ended, or stop it"
-    )
-
-
-def _lock_owner(root: Path) -> str:
-    try:
-        pid = int((root / ".dvc" / "tmp" / "lock").read_text().strip())
-        return f"process {pid} ({' '.join(psutil.Process(pid).cmdline())})"
-    except (OSError, ValueError, psutil.Error):
-        return "another DVC process"
-
-
-def _failure(name: str, message: str, log: Path) -> BaseException:
-    code = message.rpartition(" ")[2]
-    if code in _INTERRUPTED:
-        return KeyboardInterrupt()
-    printed = log.read_text(encoding="utf-8", errors="replace").strip() if log.exists() else ""
-    tail = "\n".join(f"  | {line}" for line in printed.splitlines()[-30:])
-    return StageError(
-        f"the stage '{name}' failed with exit code {code}" + (f"\n{tail}" if tail else ""),
-        where=f"dvc.yaml, stage {name}",
-        fix=f"mend what it says, then run again; finished stages are kept (`dvc repro {name}` prints everything)",
-    )

@@ -7,7 +7,10 @@ import subprocess
 from pathlib import Path
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
+from nss.errors import StageError
+from tasks.dvc_errors import conflict
 from tasks.pipeline import StageKey
 from tasks.processes import process_id
 from tasks.workspace import Workspace
@@ -33,10 +36,20 @@ def provenance_tags(workspace: Workspace, key: StageKey | None = None) -> dict[s
 
 
 def data_md5(workspace: Workspace) -> str:
-    """Return the hash of the data set in data.dvc, or 'unknown' when the data is not versioned."""
+    """Return the hash of the data set in data.dvc, or 'unknown' when the data is not versioned.
+
+    Raises StageError when data.dvc cannot be read, as after a merge with a conflict in it.
+    """
+    path = workspace.root / "data.dvc"
     try:
-        content = YAML(typ="safe").load((workspace.root / "data.dvc").read_text(encoding="utf-8"))
+        content = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
         return str(content["outs"][0]["md5"])
+    except (YAMLError, UnicodeDecodeError) as problem:
+        raise conflict(workspace.root) or StageError(
+            f"data.dvc is no YAML ({str(problem).splitlines()[0]})",
+            where=str(path),
+            fix="`git checkout data.dvc`, then `dvc checkout data.dvc`",
+        ) from None
     except (OSError, KeyError, IndexError, TypeError):
         return _UNKNOWN
 

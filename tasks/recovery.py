@@ -10,10 +10,11 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 from filelock import FileLock, Timeout
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -27,11 +28,17 @@ from nss.errors import NssError
 from nss.files import owner_of, read_json
 from tasks.pipeline import OWNER, Pipeline
 from tasks.processes import is_dead, process_id, stop
-from tasks.provenance import PROCESS
+from tasks.provenance import PROCESS, data_md5
+from tasks.registry import STORE_ERRORS
 from tasks.tracking import Tracker, open_tracker
 from tasks.workspace import Workspace
 
+DATA = "nss.data_md5="
+"""How the tag of a Prefect run begins that names the version of data/ which it works on."""
+
 _PREFIX = f"{PROCESS}="
+# Whoever needs a store or server that does not answer says so; here it is left for next time.
+_AWAY = (*STORE_ERRORS, httpx.HTTPError)
 # Who gets the children of a process that died, beside process 1.
 _ADOPTERS = ("systemd", "init")
 _AGE_S = 3600
@@ -41,21 +48,21 @@ def recover(workspace: Workspace) -> list[str]:
     """Put in order what dead processes of this host left behind in the workspace; return a line for each thing done.
 
     Stages without a parent are ended, MLflow runs become KILLED, Prefect runs Crashed, temporary files are removed, and
-    so are batches that `nss data add` was killed over. A store or server that does not answer is left for next time.
-    Inside a flow, its run is marked, so that it can be told when this process is the one that died.
+    so are batches that `nss data add` was killed over. A store or server that does not answer is left for next time;
+    what else goes wrong is a line too, and ends nothing. Inside a flow, its run is marked, so that it can be told when
+    this process is the one that died, and which version of data/ it works on.
 
     >>> recover(find_workspace())  # doctest: +SKIP
     ['MLflow run 0b5e... (base) of a process that has died: KILLED']
     """
-    # Prefect first: until its run is marked, nobody could tell that this process is the one that died.
-    sweeps = (_crash_flow_runs, _end_orphans, _remove_leftovers, _remove_half_batches, _remove_half_copies)
     done: list[str] = []
-    for sweep in (*sweeps, _remove_broken_files, _end_runs):
+    for what, sweep in _SWEEPS.items():
         try:
             done += sweep(workspace)
-        # A store of any kind fails in its own way; the cycle itself says that it is away.
-        except Exception:
+        except _AWAY:
             continue
+        except Exception as error:
+            done.append(f"not put in order: {what} ({_short(error)}); the next cycle tries again")
     return done
 
 
@@ -106,14 +113,25 @@ def _remove_leftovers(workspace: Workspace) -> list[str]:
     lines = []
     for folder in _temporary_folders(workspace):
         name, host, pid = owner_of(folder) or ("", "", 0)
-        if host != socket.gethostname() or not _is_gone(pid, folder):
-            continue
-        before, target = folder / "before", folder.parent / name
+        if host == socket.gethostname() and _is_gone(pid, folder):
+            what = f"temporary files of process {pid}, which has died, {folder.relative_to(workspace.root)}"
+            lines.append(f"{what}: {_remove(folder, name)}")
+    return lines
+
+
+def _remove(folder: Path, name: str) -> str:
+    """Say what became of a temporary folder: one that cannot be removed keeps no other one from it."""
+    before, target = folder / "before", folder.parent / name
+    try:
         if before.exists() and not target.exists():
             os.rename(before, target)
-        shutil.rmtree(folder, ignore_errors=True)
-        lines.append(f"temporary files of process {pid}, which has died, {folder.relative_to(workspace.root)}: removed")
-    return lines
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        # Somebody else recovers too.
+        return "removed"
+    except OSError as error:
+        return f"cannot be removed ({error.strerror})"
+    return "removed"
 
 
 def _temporary_folders(workspace: Workspace) -> Iterator[Path]:
@@ -145,7 +163,8 @@ def _remove_half_batches(workspace: Workspace) -> list[str]:
             half = [path for path in folder.glob("*.safetensors") if path.stem not in named]
             for path in half:
                 path.unlink()
-    except (NssError, Timeout, KeyError, TypeError, OSError):
+    except (NssError, Timeout, KeyError, TypeError):
+        # Somebody adds, or nobody can tell which batches are named: a cycle says what is wrong with data/.
         return []
     return [f"batch that was never finished, data/batches/{path.name}: removed" for path in half]
 
@@ -181,23 +200,33 @@ def _end_run(tracker: Tracker, run: Any) -> str:
     return f"MLflow run {run.info.run_id} ({run.info.run_name}) of a process that has died: KILLED"
 
 
-def _crash_flow_runs(_: Workspace) -> list[str]:
+def _crash_flow_runs(workspace: Workspace) -> list[str]:
     if not PREFECT_API_URL.value():
         return []
     with get_client(sync_client=True) as client:
-        _mark_own(client)
-        dead = [run for run in _active(client) if any(is_dead(mark) for mark in _marks(run))]
-        for run in dead:
-            client.set_flow_run_state(run.id, Crashed(message="its process has died"), force=True)
+        _mark_own(client, workspace)
+        return crash_dead(client, _active(client))
+
+
+def crash_dead(client: SyncPrefectClient, runs: Iterable[FlowRun]) -> list[str]:
+    """Make those runs Crashed whose process on this host has died: they hold nobody's place. Return a line for each.
+
+    >>> crash_dead(client, client.read_flow_runs())  # doctest: +SKIP
+    ['Prefect run 0b5e... (maintain) of a process that has died: Crashed']
+    """
+    dead = [run for run in runs if any(is_dead(mark) for mark in _marks(run))]
+    for run in dead:
+        client.set_flow_run_state(run.id, Crashed(message="its process has died"), force=True)
     return [f"Prefect run {run.id} ({run.name}) of a process that has died: Crashed" for run in dead]
 
 
-def _mark_own(client: SyncPrefectClient) -> None:
+def _mark_own(client: SyncPrefectClient, workspace: Workspace) -> None:
     context = FlowRunContext.get()
     if context and context.flow_run:
         tags = set(client.read_flow_run(context.flow_run.id).tags)
-        kept = {tag for tag in tags if not tag.startswith(_PREFIX)}
-        client.update_flow_run(context.flow_run.id, tags=sorted(kept | {process_mark()}))
+        kept = {tag for tag in tags if not tag.startswith((_PREFIX, DATA))}
+        own = {process_mark(), f"{DATA}{data_md5(workspace)}"}
+        client.update_flow_run(context.flow_run.id, tags=sorted(kept | own))
 
 
 def _active(client: SyncPrefectClient) -> list[FlowRun]:
@@ -207,3 +236,19 @@ def _active(client: SyncPrefectClient) -> list[FlowRun]:
 
 def _marks(run: FlowRun) -> Iterator[str]:
     return (tag.removeprefix(_PREFIX) for tag in run.tags if tag.startswith(_PREFIX))
+
+
+def _short(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+_SWEEPS: dict[str, Callable[[Workspace], list[str]]] = {
+    # First: until its run is marked, nobody could tell that this process is the one that died.
+    "Prefect runs": _crash_flow_runs,
+    "stages without a parent": _end_orphans,
+    "temporary files": _remove_leftovers,
+    "batches that were never finished": _remove_half_batches,
+    "half copies in DVC's cache": _remove_half_copies,
+    "files of DVC that were cut off": _remove_broken_files,
+    "MLflow runs": _end_runs,
+}

@@ -17,7 +17,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from nss.errors import StageError
 from nss.files import text_digest
-from nss.model import load_model, model_digest
 from tasks.tracking import Tracker
 
 CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
@@ -151,6 +150,9 @@ def fetch(tracker: Tracker, source: str, model: str, target: Path, packages: tup
     source: `models:/ID`. model: the digest that it must have.
     """
     from mlflow.artifacts import download_artifacts
+
+    # PyTorch, which a cycle that finds nothing to do need not wait for.
+    from nss.model import load_model, model_digest
 
     # By its place: by its id, MLflow would look for it in another store, its default.
     place = tracker.client.get_logged_model(source.removeprefix("models:/")).artifact_location

@@ -10,7 +10,8 @@ from typing import Any
 
 from nss.data import Dataset, load_data
 from nss.errors import StageError
-from nss.files import read_json, read_tensors, text_digest
+from nss.files import read_json, text_digest
+from nss.tensor_files import read_tensors
 from nss.weight_masks import MASK
 from tasks.params import MAINTENANCE
 from tasks.reading import read_csv

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from nss.errors import NssError, StageError
+from tasks.garbage import collect_as_usual
 from tasks.params import STAGES, Params, load_params
 from tasks.pipeline import LOG, RECEIPT, Pipeline, StageKey, full_disk
 from tasks.workspace import Workspace, find_workspace, with_packages
@@ -99,7 +100,9 @@ class Record:
 
 
 def _work(workspace: Workspace, params: Params, verb: str, key: StageKey) -> None:
-    importlib.import_module(f"tasks.{verb}").run(params.group(verb), workspace)
+    module = importlib.import_module(f"tasks.{verb}")
+    collect_as_usual()
+    module.run(params.group(verb), workspace)
     if Pipeline(workspace).stage_key(verb) != key:
         # DVC hashes inputs after the command: it would record the new input with the old result.
         raise StageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import rq3
+from bench import common, rq3
 from bench.common import Report, Row, Settings, interleaved
 from bench.readapt_cases import ATTACK, DRIFT, EPS, MAIN, NEW, OTHERS, REPAIR, Case, change, worked
 from bench.readapt_peers import PEERS, train_peer, trained_layers
@@ -185,6 +186,9 @@ def test_each_method_is_judged_on_test_images_at_one_point_chosen_on_validation(
 # The summary.
 
 
+TIMED = ("reached", "seconds_to_target")
+
+
 def judged(method: str, seed: int, new: float, old: float, seconds: float | None, setting: str = "x") -> Row:
     row = {"data": "d", "model": "m:n", "seed": seed, "situation": DRIFT, "setting": setting, "method": method}
     row |= {
@@ -207,6 +211,8 @@ CHOSEN = [
     judged("deeparc", 0, 0.50, 0.50, 10.0, "y"),
     judged(OURS, 0, 0.50, 0.60, None, "y"),
 ]
+# As they come from a case, which names them.
+UNNAMED = [{name: row[name] for name in set(row) - {"situation", "setting", *TIMED}} for row in CHOSEN[:3]]
 
 
 def test_ours_is_compared_with_the_baselines_of_its_own_seed() -> None:
@@ -249,6 +255,49 @@ def test_every_situation_is_in_the_whole_bench_and_in_the_quick_one() -> None:
     assert {situation for situation, _ in rq3.QUICK} == {DRIFT, ATTACK, REPAIR}
     assert set(rq3.QUICK) < set(rq3.CASES)
     assert NEW == 1000
+
+
+def test_times_are_left_to_a_later_run_which_measures_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    class Measured:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def peers(self) -> list[Row]:
+            calls.append("peers")
+            return [{**row, "curve": [0.1, row["new_val"]], "steps": 9} for row in UNNAMED[:2]]
+
+        def ours(self, goal: float) -> list[Row]:
+            calls.append(f"ours, {goal}")
+            return [{**UNNAMED[2], "curve": [0.1, 0.81], "steps": 9}]
+
+        def timed(self, *chosen: Row) -> list[Row]:
+            calls.append("timed")
+            return [{**row, "seconds": 4.0, "epoch_seconds": [1.0, 4.0]} for row in chosen]
+
+    subject = SimpleNamespace(name="d", factory=rq3.STEP_TIME, seed=0, model=nn.Linear(1, 1), case=lambda *_: None)
+    monkeypatch.setattr(common, "CACHE", tmp_path)
+    monkeypatch.setattr(rq3, "Subject", lambda *_: subject)
+    monkeypatch.setattr(rq3, "Points", Measured)
+    step = {"step": "free", "milliseconds": 2.0, "of_full": 0.5, "trained_share": 0.2}
+    monkeypatch.setattr(rq3, "step_times", lambda *_: calls.append("steps") or [step])
+    quick = Settings("rq3", ("d",), (rq3.STEP_TIME,), (0,), quick=True, command="")
+    first = rq3.run(replace(quick, times=False))
+    assert calls == ["peers", "ours, 0.795"] * 3
+    assert not any("step" in row or row.get("seconds") for row in [*first.rows, *first.summary])
+    calls.clear()
+    whole = rq3.run(quick)
+    assert calls == ["timed", "steps"]
+    assert [row["of_full"] for row in whole.summary if "step" in row] == [0.5]
+    main = {row["method"]: row for row in whole.summary if row.get("setting") == MAIN[1]}
+    assert (main["full"]["seconds_to_target"], main[OURS]["time_vs_full"]) == (4.0, 1.0)
+    assert "seconds" not in main["deeparc"]
+    assert [row for row in first.rows if row["setting"] != MAIN[1]] == [
+        row for row in whole.rows if row.get("setting", MAIN[1]) != MAIN[1]
+    ]
 
 
 def test_the_picture_has_a_row_for_each_model(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@
 tests/e2e run the pipeline of `make run`.
 """
 
+import importlib.util
 import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import typer
 from dvc.cli import parse_args
 from ruamel.yaml import YAML
 
+from bench.__main__ import _parser
 from flows.cli import app
 from nss.ingest import demo
 
@@ -25,6 +28,7 @@ OTHERS = {".", "cd", "dask", "docker", "export", "git", "mlflow", "pip", "prefec
 
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:make|nss|dvc) [a-z][^`]*)`")
+BENCH = re.compile(r"`python -m (bench[^`]*)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -59,7 +63,15 @@ def context(arguments: list[str]) -> typer.Context:
 
 
 def test_the_first_screen_has_the_two_commands() -> None:
-    assert blocks(ROOT / "README.md", "sh")[:2] == ["make run\n", "make test\n"]
+    assert blocks(ROOT / "README.md", "sh")[0] == "make run\nmake demo\n"
+
+
+def test_the_readme_says_what_it_is_in_three_sentences_before_a_picture() -> None:
+    title, first, picture = (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")[:3]
+    assert title == "# nss"
+    assert len(re.findall(r"\.(?=\s|$)", re.sub(r"\]\([^)]*\)", "]", first))) == 3
+    assert picture.startswith("![")
+    assert (ROOT / LINK.findall(picture)[0]).is_file()
 
 
 def test_every_page_of_docs_is_linked_from_the_readme() -> None:
@@ -127,6 +139,18 @@ def test_dvc_accepts_every_dvc_command(line: str) -> None:
         assert key in YAML(typ="safe").load(ROOT / "params.yaml")[group]
     known = {"data", "data.dvc", "champion", "champion.dvc", *YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]}
     assert set(getattr(arguments, "targets", None) or []) <= known
+
+
+@pytest.mark.parametrize("line", sorted({line for page in PAGES for line in BENCH.findall(page.read_text("utf-8"))}))
+def test_every_benchmark_that_is_named_exists_and_takes_these_options(
+    line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, *arguments = shlex.split(line)
+    if not arguments:
+        assert importlib.util.find_spec(module)
+        return
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    assert _parser().parse_args().name == arguments[0]
 
 
 def run_examples(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

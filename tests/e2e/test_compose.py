@@ -7,12 +7,14 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 from ruamel.yaml import YAML
 
 FOLDER = Path(__file__).resolve().parents[2] / "mlflow"
@@ -22,7 +24,15 @@ SERVICES: dict[str, dict[str, Any]] = CONTENT["services"]
 ONCE = {"bucket"}
 # It answers nobody.
 SILENT = {"worker"}
-PINNED = re.compile(r"[\w./-]+:\D*\d+(\.\d+|\d{3}-\d\d).*")
+# A tag with fewer numbers is another image next month.
+RELEASE = r"RELEASE\.\d{4}-\d\d-\d\dT\d\d-\d\d-\d\dZ"
+FULL = {
+    "postgres": r"\d+\.\d+-[a-z]+",
+    "minio/minio": RELEASE,
+    "minio/mc": RELEASE,
+    "prefecthq/prefect": r"\d+\.\d+\.\d+-python3\.\d+",
+    "python": r"3\.\d+\.\d+-slim-[a-z]+",
+}
 
 
 def test_there_are_the_stores_the_servers_and_a_worker() -> None:
@@ -54,15 +64,27 @@ def test_nobody_starts_before_what_it_needs_is_ready(name: str) -> None:
     assert named <= waits | {needed for other in waits for needed in SERVICES[other].get("depends_on", {})}
 
 
-def test_versions_are_pinned() -> None:
+def test_images_and_packages_are_named_by_full_versions() -> None:
     images = [service["image"] for service in SERVICES.values() if "image" in service]
     lines = (FOLDER / "Dockerfile").read_text().splitlines()
     images += [line.split()[1] for line in lines if line.startswith("FROM ")]
-    assert len(images) == 6
-    assert [image for image in images if not PINNED.fullmatch(image)] == []
+    tags = dict(image.split(":") for image in images)
+    assert tags.keys() == FULL.keys()
+    assert {name: tag for name, tag in tags.items() if not re.fullmatch(FULL[name], tag)} == {}
     (packages,) = [line for line in lines if "pip install" in line and "mlflow" in line]
     for name in ("mlflow", r"psycopg\[binary\]", "boto3"):
         assert re.search(rf"{name}==\d+\.\d+\.\d+", packages)
+
+
+@pytest.mark.parametrize("name", ["prefect", "mlflow"])
+def test_the_servers_are_of_a_version_that_the_package_asks_for(name: str) -> None:
+    served = {
+        "prefect": SERVICES["prefect"]["image"].split(":")[1].split("-")[0],
+        "mlflow": re.search(r"mlflow==([\d.]+)", (FOLDER / "Dockerfile").read_text())[1],
+    }
+    asked = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["project"]["dependencies"]
+    (needed,) = [each for each in map(Requirement, asked) if each.name == name]
+    assert needed.specifier.contains(served[name])
 
 
 def test_images_are_built_by_targets_that_there_are() -> None:

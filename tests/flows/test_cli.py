@@ -242,6 +242,15 @@ def test_bad_input_lists_everything_and_changes_nothing(workspace: Path, make_fo
     assert not (workspace / "data").exists()
 
 
+@pytest.mark.parametrize("inbox", ["params.yaml", "params.yaml/inbox", "/proc/inbox"])
+def test_an_inbox_that_cannot_be_made_is_a_mistake_that_is_explained(workspace: Path, inbox: str) -> None:
+    done = nss("watch", "--once", "--inbox", inbox, cwd=workspace)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: the inbox cannot be made (")
+    assert "--inbox" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_doctor_finds_all_that_is_wrong_at_once(workspace: Path) -> None:
     (workspace / "params.yaml").write_text("base: 1\n")
     done = nss("doctor", "--json", cwd=workspace, PREFECT_API_URL="http://127.0.0.1:9/api")

@@ -2,18 +2,28 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from datetime import datetime, timedelta
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from uuid import uuid4
 from zoneinfo import ZoneInfo
 
 import pytest
-from prefect.client.schemas.objects import ConcurrencyLimitStrategy
+from httpx import ConnectError, ReadTimeout
+from prefect.client.schemas.objects import ConcurrencyLimitStrategy, FlowRun, StateType
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelled, Crashed, Failed, Scheduled, State
 from ruamel.yaml import YAML
 
+from flows import serve as module
 from flows.cli import main
+from flows.deployment import Deployment, Version
 from flows.serve import Serving, deployment_options
 from flows.watch import Watching
 from nss.errors import NssError
@@ -21,6 +31,7 @@ from tasks.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Workspace(Path("/repository"))
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
 
 def serving(**changes: object) -> Serving:
@@ -97,6 +108,118 @@ def test_without_a_cron_there_is_no_schedule() -> None:
 def test_a_wrong_schedule_is_said_before_anything_starts(changes: dict[str, str], words: str) -> None:
     with pytest.raises(NssError, match=words):
         deployment_options(HERE, serving(**changes))
+
+
+class Stand:
+    """A runner that ends as it is told."""
+
+    def __init__(self, end: Exception | None) -> None:
+        self.end = end
+
+    async def start(self) -> None:
+        if self.end:
+            raise self.end
+
+
+def test_a_server_that_is_away_for_long_is_asked_until_it_answers(monkeypatch) -> None:
+    monkeypatch.setattr(module, "_AGAIN_S", 0)
+    ends = [ConnectError("refused"), ConnectError("refused"), Stand(ReadTimeout("slow")), Stand(None)]
+    said: list[str] = []
+
+    def renew() -> Stand:
+        found = ends.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    with handler_restored():
+        first = Stand(ExceptionGroup("unhandled errors", [ConnectError("refused")]))
+        module._run(first, renew, threading.Event(), said.append)
+    assert ends == []
+    assert said == [
+        "error: the Prefect server does not answer (refused); asked again every 0 seconds",
+        "error: the Prefect server does not answer (slow); asked again every 0 seconds",
+    ]
+
+
+def test_a_service_that_waits_for_its_server_ends_on_sigterm(monkeypatch) -> None:
+    monkeypatch.setattr(module, "_AGAIN_S", 600)
+    stop = threading.Event()
+
+    def tell(_: str) -> None:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    with handler_restored():
+        module._run(Stand(ConnectError("refused")), lambda: pytest.fail("another runner"), stop, tell)
+    assert stop.is_set()
+
+
+@contextmanager
+def handler_restored() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_service_says_what_starts_the_next_cycle() -> None:
+    assert module._what_next(serving(cron="0 3 * * *", timezone="Europe/Berlin")) == (
+        'a cycle runs by the clock ("0 3 * * *", Europe/Berlin), when data settles in the inbox, '
+        "and after `nss data add`"
+    )
+    assert "clock" not in module._what_next(serving())
+
+
+class Server:
+    """A Prefect server's answers about one deployment; runs by the keys that they were made with."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, FlowRun] = {}
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def read_deployment_by_name(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(id=name)
+
+    def create_flow_run_from_deployment(self, _: str, idempotency_key: str) -> FlowRun:
+        made = FlowRun(id=uuid4(), flow_id=uuid4(), state=Scheduled(), state_type=StateType.SCHEDULED)
+        return self.runs.setdefault(idempotency_key, made)
+
+    def end(self, state: State) -> None:
+        key, last = list(self.runs.items())[-1]
+        started = None if state.message == "limit" else NOON
+        update = {"state": state, "state_type": state.type, "start_time": started}
+        self.runs[key] = last.model_copy(update=update)
+
+
+def test_one_run_is_made_for_a_commit_of_a_version_and_again_only_when_it_was_cut_off(monkeypatch) -> None:
+    server, deployment = Server(), Deployment("digits")
+    monkeypatch.setattr("flows.deployment.get_client", lambda **_: server)
+    # An hour after the server's clock says that the run began.
+    version = Version("one.dir", NOON + timedelta(hours=1))
+    first = deployment.make_run(version)
+    assert deployment.make_run(version) == first
+    server.end(Cancelled(message="limit"))
+    assert deployment.make_run(version).id != first.id
+    server.end(Failed())
+    assert deployment.make_run(version).state_type is StateType.FAILED
+    assert len(server.runs) == 2
+    # It was left, and has come back.
+    assert deployment.make_run(Version("one.dir", NOON + timedelta(hours=2))).state_type is StateType.SCHEDULED
+
+
+def test_a_run_that_always_crashes_is_made_three_times(monkeypatch) -> None:
+    server, deployment = Server(), Deployment("digits")
+    monkeypatch.setattr("flows.deployment.get_client", lambda **_: server)
+    for _ in range(3):
+        assert deployment.make_run(Version("one.dir", NOON)) is not None
+        server.end(Crashed())
+    assert deployment.make_run(Version("one.dir", NOON)) is None
+    assert len(server.runs) == 3
 
 
 def test_serving_without_a_server_is_a_mistake_that_is_explained(folder: Path) -> None:

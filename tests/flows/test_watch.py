@@ -26,19 +26,21 @@ from flows.deployment import Cover, Version, cover
 from flows.watch import Here, There, Watcher, Watching, taken_lines, version_of
 from nss.errors import BusyError, NssError, StageError
 from tasks.inbox import Arrived, Refused, Taken
+from tasks.lock import exclusive
 from tasks.workspace import Workspace
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 DATA = Version("one.dir", NOON)
 
 
-def run(state: State, minutes: float | None = None) -> FlowRun:
-    """A run that started so many minutes after noon, or never."""
+def run(state: State, minutes: float | None = None, saw: str = "") -> FlowRun:
+    """A run that started so many minutes after noon, or never; and says what it saw."""
     start = None if minutes is None else NOON + timedelta(minutes=minutes)
-    return FlowRun(id=uuid4(), flow_id=uuid4(), state=state, state_type=state.type, start_time=start)
+    tags = [f"nss.data_md5={saw}", "own"] if saw else ["own"]
+    return FlowRun(id=uuid4(), flow_id=uuid4(), state=state, state_type=state.type, start_time=start, tags=tags)
 
 
-@pytest.mark.parametrize("state", [Running(), Completed(), Failed(), Cancelled(message="by a person"), Cancelling()])
+@pytest.mark.parametrize("state", [Completed(), Failed(), Cancelled(message="by a person")])
 def test_a_run_covers_the_version_that_was_there_when_it_started(state: State) -> None:
     assert cover(DATA, [run(state, 0)]) is Cover.DONE
     assert cover(DATA, [run(state, 1)]) is Cover.DONE
@@ -58,7 +60,16 @@ def test_what_crashed_was_shut_down_or_never_started_covers_nothing(state: State
     assert cover(DATA, [run(state, started)]) is Cover.WANTED
 
 
-@pytest.mark.parametrize(("state", "minutes"), [(Running(), -5), (Pending(), None), (Scheduled(), None)])
+def test_a_run_that_says_what_it_saw_is_believed_rather_than_the_clock_of_the_server() -> None:
+    assert cover(DATA, [run(Completed(), 5, saw="one.dir")]) is Cover.DONE
+    assert cover(DATA, [run(Completed(), 5, saw="zero.dir")]) is Cover.WANTED
+    # The same version, before it was left and came back.
+    assert cover(DATA, [run(Completed(), -5, saw="one.dir")]) is Cover.WANTED
+
+
+@pytest.mark.parametrize(
+    ("state", "minutes"), [(Running(), -5), (Running(), 5), (Cancelling(), 5), (Pending(), None), (Scheduled(), None)]
+)
 def test_a_run_that_goes_or_is_about_to_is_waited_for(state: State, minutes: float | None) -> None:
     assert cover(DATA, [run(state, minutes)]) is Cover.WAIT
 
@@ -76,9 +87,15 @@ class Fake:
     made: list[str] = field(default_factory=list)
     events: list[tuple[str, str]] = field(default_factory=list)
     is_broken: bool = False
+    dead: list[FlowRun] = field(default_factory=list)
 
     def runs(self) -> list[FlowRun]:
         return self.known
+
+    def reap(self) -> list[str]:
+        found, self.dead = self.dead, []
+        self.known = [run(Crashed(), 0) if each in found else each for each in self.known]
+        return [f"{each.name}: Crashed" for each in found]
 
     def make_run(self, version: Version) -> FlowRun | None:
         if self.is_broken:
@@ -121,10 +138,51 @@ def test_a_version_gets_one_run_however_often_one_looks(workspace: Workspace, st
     assert not there.fire("one.dir", is_own=True)
     assert not there.fire("one.dir", is_own=True)
     started(fake, Running(), datetime.now(UTC))
+    assert not there.fire("one.dir", is_own=True)
+    started(fake, Completed(), datetime.now(UTC))
     assert there.fire("one.dir", is_own=True)
     assert fake.made == ["one.dir"]
     assert fake.events == [("one.dir", "made")]
     assert len(said) == 1
+
+
+def test_a_run_that_crashes_while_it_is_watched_is_made_again(workspace: Workspace, stale: list[bool]) -> None:
+    fake = Fake()
+    there = There(workspace, fake, print, grace=0)
+    there.fire("one.dir", is_own=True)
+    started(fake, Running(), datetime.now(UTC))
+    assert not there.fire("one.dir", is_own=True)
+    started(fake, Crashed(), datetime.now(UTC))
+    assert not there.fire("one.dir", is_own=True)
+    assert fake.made == ["one.dir", "one.dir"]
+
+
+def test_a_run_whose_process_died_with_its_worker_gives_up_its_place(workspace: Workspace, stale: list[bool]) -> None:
+    left = run(Running(), 1)
+    fake, said = Fake([left], dead=[left]), []
+    there = There(workspace, fake, said.append, grace=0)
+    assert there.is_free()
+    assert said == [f"{left.name}: Crashed"]
+    fake.known, fake.dead = [left], [left]
+    assert not there.fire("one.dir", is_own=True)
+    assert fake.made == ["one.dir"]
+
+
+def test_while_somebody_works_in_the_workspace_no_run_is_taken_for_dead(workspace: Workspace) -> None:
+    going = run(Running(), 1)
+    fake = Fake([going], dead=[going])
+    with exclusive(workspace):
+        assert not There(workspace, fake, print).is_free()
+    assert fake.known == [going]
+
+
+def test_a_run_that_has_done_its_work_is_not_made_again_whatever_the_clocks_say(
+    workspace: Workspace, stale: list[bool], monkeypatch
+) -> None:
+    fake, said = Fake(), []
+    monkeypatch.setattr(fake, "make_run", lambda _: run(Failed(), -60))
+    assert There(workspace, fake, said.append, grace=0).fire("one.dir", is_own=True)
+    assert (said, fake.events) == ([], [])
 
 
 def test_a_run_that_was_cancelled_before_it_started_is_made_again(workspace: Workspace, stale: list[bool]) -> None:
@@ -165,7 +223,7 @@ def test_nothing_is_made_where_all_stages_are_up_to_date(workspace: Workspace, s
 def test_after_too_many_crashes_a_person_has_to_look(workspace: Workspace, stale: list[bool]) -> None:
     said: list[str] = []
     assert There(workspace, Fake(is_broken=True), said.append, grace=0).fire("one.dir", is_own=True)
-    assert said == ["data one.dir: 3 runs crashed; not tried again before something changes"]
+    assert said == ["data one.dir: 3 runs crashed; not tried again before the data changes"]
 
 
 def test_a_version_is_as_old_as_its_pointer(workspace: Workspace) -> None:
@@ -226,10 +284,14 @@ def test_what_settles_is_taken_as_ones_own_version_and_told(workspace: Workspace
     trigger, said = Recorder(is_busy=True), []
     found = watcher(workspace, trigger, said)
     assert found.step() is None
+    assert found.step() is None
     trigger.is_busy = False
     found.step()
     assert trigger.asked == [("one.dir", False), ("two.dir", True)]
-    assert said == ["arrived a.npz: 4 images, batch b1"]
+    assert said == [
+        "settled in the inbox: a.npz; taken when the run that is going has ended",
+        "arrived a.npz: 4 images, batch b1; a cycle follows",
+    ]
 
 
 def test_errors_are_told_once_and_end_nothing(workspace: Workspace) -> None:
@@ -246,14 +308,15 @@ def test_errors_are_told_once_and_end_nothing(workspace: Workspace) -> None:
         stop.wait(0.01)
     stop.set()
     thread.join(30)
-    assert said[0] == "error: away"
+    assert said[0] == "error: away\nstill looking every 0.01 seconds"
     assert said[1].startswith("error: Traceback")
     assert len(said) == 2
 
 
 def test_here_a_cycle_runs_for_stale_stages_and_a_failing_one_once(workspace: Workspace, stale, monkeypatch) -> None:
     ran: list[str] = []
-    here = Here(workspace, 0, print)
+    said: list[str] = []
+    here = Here(workspace, 0, said.append)
 
     def fail(md5: str) -> None:
         ran.append(md5)
@@ -268,6 +331,7 @@ def test_here_a_cycle_runs_for_stale_stages_and_a_failing_one_once(workspace: Wo
     stale.append(False)
     assert here.fire("three.dir", is_own=False)
     assert ran == ["one.dir", "two.dir"]
+    assert said == ["data one.dir: the cycle failed; not run again before the data changes, `nss run` does it"]
 
 
 def test_here_a_busy_workspace_is_asked_again(workspace: Workspace, stale, monkeypatch) -> None:
@@ -284,7 +348,7 @@ def test_lines_name_what_arrived_and_what_is_wrong() -> None:
     taken = Taken((Arrived("a", "b1", 4, True),), (Refused("c", ("one", "two"), "/x/.rejected/c"),), "m")
     assert taken_lines(taken) == [
         "arrived a: nothing new, the batch was there, batch b1",
-        "refused c, now /x/.rejected/c",
+        "refused c, now /x/.rejected/c; mended, move it back into the inbox",
         "  - one",
         "  - two",
     ]

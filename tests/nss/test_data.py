@@ -27,7 +27,7 @@ from nss.data import (
     write_description,
 )
 from nss.errors import DataError
-from nss.files import write_tensors
+from nss.tensor_files import write_tensors
 
 CLASSES = ("ant", "bee", "cow")
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 from nss import zoo
-from nss.deeplift import Way, rescaling
+from nss.anatomy import trace
+from nss.deeplift import Way, refer, rescaling
 from nss.functional import without_inplace
 from nss.profile import profile
 from nss.sites import find_sites
@@ -70,21 +71,24 @@ class Gated(nn.Module):
 def contributions(network: nn.Module, x: Tensor, reference: Tensor, target: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """(a - a0) * multiplier of every site, and f(x) - f(x0) of the target logit."""
     sites = find_sites(network, tuple(x.shape[1:]))
-    graph, way, seen = without_inplace(sites.anatomy.graph), Way(True, len(x) + 1), {}
+    graph, way, seen = without_inplace(sites.anatomy.graph), Way(True), {}
     nodes = {node.name: node for node in graph.graph.nodes}
 
     def keep(name: str) -> Tap:
         return Tap(lambda value: seen.setdefault(name, value))
 
     tapped = with_modules(graph, {nodes[site.node.name]: keep(site.name) for site in sites}, "tap")
-    logits = rescaling(tapped, way)(torch.cat([x, reference[None]]).requires_grad_())
-    chosen = logits[:-1].gather(1, target[:, None])
+    lifted = rescaling(tapped, way)
+    refer(lifted, way, reference[None])
+    bases = list(seen.values())
+    seen.clear()
+    chosen = lifted(x.clone().requires_grad_()).gather(1, target[:, None])
     multipliers = torch.autograd.grad(chosen.sum(), list(seen.values()))
     found = {
-        name: ((value - value[-1:]) * each)[:-1].detach()
-        for (name, value), each in zip(seen.items(), multipliers, strict=True)
+        name: ((value - base) * each).detach()
+        for (name, value), base, each in zip(seen.items(), bases, multipliers, strict=True)
     }
-    return found, (chosen - logits[-1:].expand_as(logits[:-1]).gather(1, target[:, None]))[:, 0].detach()
+    return found, (chosen.detach() - network(reference[None])[0, target, None].detach())[:, 0]
 
 
 def samples(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,11 +163,65 @@ def test_the_same_graph_still_gives_plain_derivatives() -> None:
     torch.manual_seed(1)
     network = models.mobilenet_v3_small(weights=None, num_classes=4).double().eval()
     x, _, target = samples((3, 32, 32))
-    graph = rescaling(without_inplace(find_sites(network, (3, 32, 32)).anatomy.graph), Way(False, len(x)))
+    graph = rescaling(without_inplace(find_sites(network, (3, 32, 32)).anatomy.graph), Way(False))
     plain, ours = (x.clone().requires_grad_() for _ in range(2))
     network(plain).gather(1, target[:, None]).sum().backward()
     graph(ours).gather(1, target[:, None]).sum().backward()
     torch.testing.assert_close(ours.grad, plain.grad, atol=1e-12, rtol=1e-9)
+
+
+class Folded(nn.Module):
+    """Takes the pixels of an image for rows of a batch, as windows of attention do; then multiplies two of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.gate, self.head = nn.Linear(2, 3), nn.Linear(2, 3), nn.Linear(3 * 36, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(2).transpose(1, 2).reshape(-1, 2)
+        return self.head((F.silu(self.inner(rows)) * torch.sigmoid(self.gate(rows))).reshape(-1, 3 * 36))
+
+
+def pooled(pool: nn.Module, entries: int) -> nn.Module:
+    return nn.Sequential(nn.Tanh(), pool, nn.Flatten(), nn.Linear(entries, 4))
+
+
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [
+        (Folded(), (2, 6, 6)),
+        (pooled(nn.MaxPool1d(3, 2), 3 * 4), (3, 9)),
+        (pooled(nn.MaxPool2d(3, 2, 1, ceil_mode=True), 3 * 16), (3, 7, 6)),
+        (pooled(nn.MaxPool2d(2, dilation=2), 3 * 4), (3, 6, 6)),
+        (pooled(nn.MaxPool3d(2), 2 * 8), (2, 4, 4, 4)),
+        (pooled(nn.AdaptiveMaxPool2d((2, 3)), 3 * 6), (3, 7, 6)),
+    ],
+    ids=["folded", "1d", "overlapping", "dilated", "3d", "adaptive"],
+)
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+def test_contributions_of_the_input_are_complete(network: nn.Module, shape: tuple[int, ...], last: bool) -> None:
+    network, generator = network.double().eval(), torch.Generator().manual_seed(2)
+    x, reference = (torch.randn(count, *shape, generator=generator, dtype=torch.float64) for count in (5, 1))
+    if last and x.dim() == 4:
+        x, reference = (each.to(memory_format=torch.channels_last) for each in (x, reference))
+    way = Way(True)
+    lifted = rescaling(trace(network), way)
+    refer(lifted, way, reference)
+    given = x.clone().requires_grad_()
+    multipliers = torch.autograd.grad(lifted(given)[:, 1].sum(), given)[0]
+    change = (network(x) - network(reference))[:, 1].detach()
+    torch.testing.assert_close(((x - reference) * multipliers).flatten(1).sum(1), change, atol=1e-12, rtol=1e-9)
+
+
+def test_contributions_are_the_same_in_whatever_parts_they_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    network = Gated().double().eval()
+    x, reference, target = samples((1, 6, 6))
+    x, target = torch.cat([x, -x[:3]]), torch.cat([target, target[:3]])
+    whole, _ = contributions(network, x, reference, target)
+    monkeypatch.setattr("nss.deeplift.PART", 100)  # an image behind the first convolution has 48 entries
+    for name, each in contributions(network, x, reference, target)[0].items():
+        torch.testing.assert_close(each, whole[name], atol=1e-15, rtol=1e-12)
 
 
 def test_values_that_are_overwritten_and_read_again_keep_their_meaning() -> None:
@@ -179,8 +237,6 @@ def test_values_that_are_overwritten_and_read_again_keep_their_meaning() -> None
 
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)
     expected = Overwrites()(x.clone())
-    from nss.anatomy import trace
-
     calm = without_inplace(trace(Overwrites()))
     before = x.clone()
     torch.testing.assert_close(calm(x), expected, atol=0, rtol=0)

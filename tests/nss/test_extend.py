@@ -22,12 +22,12 @@ from nss.data import Batch, Dataset, batch_digest
 from nss.errors import ExtendError
 from nss.extend import extend
 from nss.extend_report import judge, told_accuracy, told_answers
-from nss.files import write_tensors
 from nss.grow import condense
 from nss.model import Classifier, build_model, load_model, model_digest, save_model
 from nss.profile import profile
 from nss.samples import Samples
 from nss.slice import SemanticSlices, semantic_slices
+from nss.tensor_files import write_tensors
 
 Kit = tuple[Classifier, SemanticSlices, Classifier, Dataset]
 PLENTY = {"epochs": 4, "batch_size": 16}

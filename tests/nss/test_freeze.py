@@ -205,6 +205,46 @@ def test_gradients_with_any_padding_groups_axes_and_norms(networks: ModuleType, 
         check_gradients(network, free, images, pairs)
 
 
+class Joined(nn.Module):
+    """A shortcut is added in place to what a convolution made; further on, a ReLU alone reads one, and two read one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 20, 3, padding=1)
+        self.main, self.norm = nn.Conv2d(20, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24)
+        self.shortcut = nn.Conv2d(20, 24, 1)
+        self.after, self.relu = nn.Conv2d(24, 40, 3), nn.ReLU()
+        self.split, self.other = nn.Conv2d(40, 18, 1), nn.ReLU()
+        self.head = nn.Linear(18, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        joined = self.norm(self.main(x))
+        joined += self.shortcut(x)
+        both = self.split(self.relu(self.after(joined)))
+        return self.head((self.other(both) - 0.5 * both).mean((2, 3)))
+
+
+@pytest.mark.parametrize("lowest", ["features.0", "features.3", "features.7"])
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_gradients_above_the_lowest_free_layer_are_those_of_the_whole_model(
+    networks: ModuleType, lowest: str, share: float
+) -> None:
+    """Of what the layer above it hands down, only the channels of its free rows are computed."""
+    network = networks.zoo_model("vgg_small", 4).network
+    free = networks.random_masks(network, networks.SHAPE, 4, share)
+    above = list(free)[list(free).index(lowest) :]
+    free = {name: free[name] for name in above}
+    check_gradients(network, free, networks.floats(5, networks.SHAPE, 4), layers_and_norms(network))
+
+
+def test_gradients_behind_a_shortcut_that_is_added_in_place(networks: ModuleType) -> None:
+    network = networks.randomise(Joined(), 3)
+    free = {"main": torch.arange(24) < 2, "shortcut": torch.arange(24) >= 20, "after": torch.arange(40) == 7}
+    for chosen in (free, {"main": free["main"]}, {**free, "split": torch.arange(18) < 9}):
+        check_gradients(network, chosen, networks.floats(5, (3, 6, 6)), {"main": "norm"})
+
+
 def test_layers_can_be_thawed_into_a_plain_model_that_is_kept_and_loaded(networks: ModuleType, tmp_path: Path) -> None:
     model = networks.zoo_model("resnet20").train()
     model.network.head.weight.requires_grad_(False)
@@ -281,18 +321,31 @@ def test_no_backward_below_the_first_free_layer(networks: ModuleType) -> None:
     assert seen == {"features.9": False, "features.10": True}
 
 
+def work(model: nn.Module, images: Tensor) -> int:
+    """Operations of a forward and a backward pass."""
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(model(images), torch.arange(len(images)) % 4).backward()
+    return counter.get_total_flops()
+
+
 def test_a_step_computes_weight_gradients_for_free_rows_alone(networks: ModuleType) -> None:
     model = networks.zoo_model("vgg_small")
     images = networks.pictures(2)
     masks = {site.name: torch.arange(len(site)) < len(site) // 4 for site in find_sites(model.network, networks.SHAPE)}
 
-    def work(net: nn.Module) -> int:
-        with FlopCounterMode(display=False) as counter:
-            F.cross_entropy(net(images), torch.tensor([0, 1])).backward()
-        return counter.get_total_flops()
-
     # forward and backward to the input cost one each; a quarter of the weight gradient, at least 16 rows of it, follows
-    assert work(freeze(model, masks)) < 0.8 * work(model.eval())
+    assert work(freeze(model, masks), images) < 0.8 * work(model.eval(), images)
+
+
+def test_a_step_computes_no_gradient_of_channels_below_which_nothing_moves(networks: ModuleType) -> None:
+    model, images = networks.zoo_model("vgg_small"), networks.pictures(2)
+    above = {"features.10": torch.arange(64) == 0}
+    everything, some = (
+        work(freeze(model, {**above, "features.7": torch.arange(64) < rows}), images) for rows in (64, 16)
+    )
+    places = len(images) * (networks.SHAPE[1] // 2) ** 2
+    # 3 x 3 kernels: 48 of 64 rows of a weight's gradient from 32 channels, as many channels of an input's from 64 rows
+    assert everything - some == 2 * places * 9 * 48 * (32 + 64)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nss.data import Data
 from nss.errors import DataError, ModelError, ProfileError
-from nss.files import write_tensors
 from nss.model import save_model
 from nss.profile import Profile, profile
 from nss.sliced import sliced
+from nss.tensor_files import write_tensors
 
 METRICS = ("avg", "var", "ens", "taylor")
 ZOO = ("lenet", "vgg_small", "resnet20", "mobilenet_small")

@@ -134,3 +134,24 @@ def test_no_activation_is_held_when_the_next_batch_is_read(networks: ModuleType)
     profile(network, watched(), METRICS, batch_size=4, classes=("a", "b"), input_shape=(1, 6, 6))
     assert len(outputs) >= 2 * 8
     assert max(alive) <= 2  # those of the batch before
+
+
+@pytest.mark.parametrize(("kept", "rows"), [(1 << 30, 70), (70 * 40_000, 35), (1000, 70)])
+def test_a_batch_that_would_not_be_kept_goes_through_in_pieces(
+    networks: ModuleType, monkeypatch: pytest.MonkeyPatch, kept: int, rows: int
+) -> None:
+    """In halves of at least 32 rows, if that helps; the last piece is filled up. The sums are the same."""
+    model, images = networks.zoo_model("lenet"), networks.pictures(90)
+    data = (images, torch.arange(90) % 4)
+    expected = profile(model, data, METRICS, batch_size=70)
+    monkeypatch.setattr("nss.gather.KEPT", kept)
+    seen: list[int] = []
+    original = nn.functional.log_softmax
+    monkeypatch.setattr(
+        "nss.gather.F.log_softmax", lambda logits, dim: seen.append(len(logits)) or original(logits, dim)
+    )
+    found = profile(model, data, METRICS, batch_size=70)
+    assert seen == [min(rows, count) for batch in (70, 20) for count in range(batch, 0, -rows)]
+    for name, layers in expected.sums.items():
+        for layer, sums in layers.items():
+            torch.testing.assert_close(found.sums[name][layer], sums, rtol=1e-4, atol=1e-5)

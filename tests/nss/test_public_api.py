@@ -53,6 +53,18 @@ def test_verbs_are_functions_and_not_hidden_by_their_modules() -> None:
 
 def test_importing_the_library_brings_no_orchestrator_tracker_or_clustering() -> None:
     code = "import sys, nss; print([m for m in sys.argv[1:] if m in sys.modules])"
-    heavy = ["prefect", "mlflow", "dvc", "typer", "sklearn", "matplotlib", "torchvision"]
-    run = subprocess.run([sys.executable, "-c", code, *heavy], check=True, capture_output=True, text=True)
-    assert run.stdout.strip() == "[]"
+    heavy = ["torch", "numpy", "prefect", "mlflow", "dvc", "typer", "sklearn", "matplotlib", "torchvision"]
+    assert _printed(code, *heavy) == "[]"
+
+
+def test_a_verb_is_a_function_after_its_module_was_imported_for_another_name() -> None:
+    # The import of a module binds its name in the package, where the verb of the same name is meant.
+    code = "import nss; from nss.profile import Profile; from nss.triage import Triage; print(nss.profile, nss.triage)"
+    assert _printed(code).startswith("<function profile at ")
+    assert " <function triage at " in _printed(code)
+    assert _printed("import nss; from nss import gate; print(gate)").startswith("<module 'nss.gate'")
+
+
+def _printed(code: str, *arguments: str) -> str:
+    run = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
+    return run.stdout.strip()

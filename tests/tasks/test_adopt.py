@@ -22,6 +22,7 @@ from nss.model import Classifier, build_model, load_model, model_digest, save_mo
 from tasks import data as data_verb
 from tasks import promotion, register
 from tasks.adopt import Adopted, adopt
+from tasks.card import plain
 from tasks.champion import read_champion
 from tasks.layout import lay_out, set_params
 from tasks.ledger import read_ledger
@@ -135,6 +136,28 @@ def test_weights_become_the_champion_scored_logged_registered_and_pinned(shop: S
     (entry,) = read_ledger(shop.workspace)
     assert (entry["kind"], entry["version"], entry["model"], entry["previous"]) == ("adopt", 1, version.model, None)
     assert entry["reasons"][0] == f"taken from {shop.weights}"
+
+
+def test_an_adopted_version_has_a_card_with_what_is_known_of_it(shop: Shop) -> None:
+    done = shop.adopt()
+    version = done.registered.version
+    card = shop.tracker.client.download_artifacts(version.run_id, "card.md", str(shop.workspace.root))
+    lines = Path(card).read_text().splitlines()
+    scores, digests = done.scores, [batch.digest for batch in load_data(shop.workspace.data).batches]
+    worst = min(scores.per_class, key=scores.per_class.get)
+    known = {
+        f"# Model card: adopt {version.model[:12]}",
+        "- what: an image classifier of 3 classes with held-out images, trained elsewhere",
+        f"- digest: `{version.model}`",
+        f"- taken from: {plain(str(shop.weights))}",
+        f"| parameters | {version.figures['parameters']:,} |",
+        "none: it was made the champion by hand, as the ledger says",
+        f"{scores.accuracy:.2%} on {scores.images} held-out images, worst class {worst} {scores.per_class[worst]:.2%}",
+        *(f"| {name} | {value:.2%} |" for name, value in scores.per_class.items()),
+        f"- data version `{version.tags['nss.data_md5']}`",
+        f"- batches it knows: `{digests[0]}`",
+    }
+    assert known - set(lines) == set()
 
 
 def test_the_champion_before_becomes_the_previous_and_a_rollback_brings_it_back(shop: Shop) -> None:

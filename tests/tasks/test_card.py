@@ -11,8 +11,9 @@ import torch
 
 from nss.compare import Comparison, Pairs, Score
 from nss.errors import StageError
-from nss.files import text_digest, write_json, write_tensors
+from nss.files import text_digest, write_json
 from nss.gate import Candidate, Decision, Judgement, Reason, Verdict
+from nss.tensor_files import write_tensors
 from tasks.card import model_card, plain
 from tasks.tables import write_csv, write_nothing
 from tasks.workspace import Workspace

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from nss.compare import Comparison, Pairs, Score
-from nss.errors import StageError
+from nss.errors import ParamsError, StageError
 from nss.files import read_json, write_json
 from nss.gate import Candidate, GateSettings, decide
 from tasks import gate
@@ -153,3 +154,21 @@ def test_without_an_evaluation_nothing_is_decided(workspace: Workspace) -> None:
     with pytest.raises(StageError, match=r"the file is missing\n  where: .*evaluate/candidates.json"):
         gate.run(PARAMS, workspace)
     assert not workspace.out("gate").exists()
+
+
+@pytest.mark.parametrize("name", GateParams.model_fields)
+def test_params_yaml_and_the_library_allow_the_same_values(name: str) -> None:
+    """Both check: params.yaml names the key and what is allowed, and whoever calls the library has no params.yaml."""
+    whole = name == "min_images"
+    tried = [-1, 0, 1, 2] if whole else [-0.01, 0.0, 1e-9, 0.5, 1 - 1e-9, 1.0, 1.01, float("nan"), float("inf")]
+    allowed = {value: (is_allowed(GateParams, name, value), is_allowed(GateSettings, name, value)) for value in tried}
+    assert {value: each for value, each in allowed.items() if each[0] is not each[1]} == {}
+    assert {each[0] for each in allowed.values()} == {True, False}
+
+
+def is_allowed(kind: type, name: str, value: float) -> bool:
+    try:
+        kind(**{**PARAMS.model_dump(), name: value})
+    except (ValidationError, ParamsError):
+        return False
+    return True

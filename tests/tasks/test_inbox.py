@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from nss.data import load_data
 from nss.errors import BusyError, DataError
@@ -16,15 +17,6 @@ from tasks.inbox import Inbox, take
 from tasks.lock import exclusive, is_held
 from tasks.provenance import data_md5
 from tasks.workspace import Workspace
-
-
-class Clock:
-    """Time that passes when told."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -54,90 +46,6 @@ def names(folder: Path) -> list[str]:
 
 def look(inbox: Inbox) -> list[str]:
     return [entry.name for entry in inbox.settled()]
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def box(tmp_path: Path, clock: Clock) -> Inbox:
-    """An empty inbox whose entries settle in 5 seconds."""
-    (tmp_path / "inbox").mkdir()
-    return Inbox(tmp_path / "inbox", 5, clock)
-
-
-def test_an_entry_settles_when_nothing_changed_for_that_long(box: Inbox, clock: Clock) -> None:
-    images(box.folder / "a.npz", 1)
-    assert look(box) == []
-    clock.now = 4.9
-    assert look(box) == []
-    clock.now = 5.0
-    assert look(box) == ["a.npz"]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda folder: (folder / "cat" / "2.png").write_bytes(b"new"),
-        lambda folder: (folder / "cat" / "1.png").write_bytes(b"longer"),
-        lambda folder: (folder / "cat" / "1.png").rename(folder / "cat" / "9.png"),
-        lambda folder: (folder / "cat" / "1.png").unlink(),
-        lambda folder: os.utime(folder / "cat" / "1.png", (1, 1)),
-        # What `cp --preserve` and rsync do: same size, and the old time of change put back.
-        lambda folder: rewritten(folder / "cat" / "1.png", b"two"),
-    ],
-    ids=["a new file", "another size", "another name", "a file less", "another time", "other bytes under the old time"],
-)
-def test_any_change_below_an_entry_starts_the_waiting_again(box: Inbox, clock: Clock, change) -> None:
-    (box.folder / "batch" / "cat").mkdir(parents=True)
-    (box.folder / "batch" / "cat" / "0.png").write_bytes(b"one")
-    (box.folder / "batch" / "cat" / "1.png").write_bytes(b"one")
-    look(box)
-    clock.now = 4
-    change(box.folder / "batch")
-    assert look(box) == []
-    clock.now = 8
-    assert look(box) == []
-    clock.now = 9
-    assert look(box) == ["batch"]
-
-
-def rewritten(path: Path, content: bytes) -> None:
-    before = path.stat()
-    path.write_bytes(content)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-def test_a_folder_without_a_file_is_waited_for_and_holds_up_nothing(box: Inbox, clock: Clock) -> None:
-    (box.folder / "to come" / "cat").mkdir(parents=True)
-    images(box.folder / "a.npz", 1)
-    look(box)
-    clock.now = 100
-    assert look(box) == ["a.npz"]
-    assert box.pending() == ("a.npz", "to come")
-
-
-def test_what_is_still_copied_is_waited_for_but_not_for_ever(box: Inbox, clock: Clock) -> None:
-    images(box.folder / "a.npz", 1)
-    look(box)
-    for now in range(5, 50, 4):
-        clock.now = now
-        images(box.folder / "slow.npz", now)
-        assert look(box) == []
-    clock.now = 50
-    images(box.folder / "slow.npz", 50)
-    assert look(box) == ["a.npz"]
-
-
-def test_hidden_entries_and_a_missing_inbox_are_no_entries(box: Inbox, clock: Clock, tmp_path: Path) -> None:
-    (box.folder / ".done").mkdir()
-    images(box.folder / ".uploading.npz", 1)
-    look(box)
-    clock.now = 10
-    assert look(box) == []
-    assert Inbox(tmp_path / "nowhere").settled() == ()
 
 
 def test_three_entries_become_three_batches_of_one_version(workspace: Workspace, monkeypatch) -> None:
@@ -238,6 +146,110 @@ def test_killed_between_two_steps_the_next_take_completes_it(workspace: Workspac
 
 def killed(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_what_replaces_an_entry_while_it_is_read_stays_and_is_taken_next(workspace: Workspace, monkeypatch) -> None:
+    entry, real = images(workspace.root / "inbox" / "a.npz", 1), module.add_all
+
+    def slowly(*arguments: object, **options: object) -> list[object]:
+        done = real(*arguments, **options)
+        images(entry, 2)
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "add_all", slowly)
+        first = take(workspace, [entry])
+    assert (first.arrived, first.refused) == ((), ())
+    assert names(entry.parent) == ["a.npz"]
+    second = take(workspace, [entry])
+    assert [each.already_present for each in second.arrived] == [False]
+    assert [len(batch) for batch in load_data(workspace.data).batches] == [20, 20, 20]
+    assert names(entry.parent) == [".done"]
+
+
+def test_a_bad_entry_that_is_mended_while_it_is_read_is_not_put_aside(workspace: Workspace, monkeypatch) -> None:
+    entry, real = workspace.root / "inbox" / "a.npz", module.add_all
+    entry.write_bytes(b"half")
+
+    def slowly(*arguments: object, **options: object) -> list[object]:
+        done = real(*arguments, **options)
+        images(entry, 1)
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "add_all", slowly)
+        assert take(workspace, [entry]).refused == ()
+    assert len(take(workspace, [entry]).arrived) == 1
+    assert names(entry.parent) == [".done"]
+
+
+@pytest.mark.parametrize("when", ["before", "while it reads"])
+def test_an_entry_that_another_watcher_took_is_no_mistake(workspace: Workspace, monkeypatch, when: str) -> None:
+    entry, real = images(workspace.root / "inbox" / "a.npz", 1), module.add_all
+
+    def late(*arguments: object, **options: object) -> list[object]:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "add_all", real)
+            take(workspace, [entry])
+        return real(*arguments, **options)
+
+    if when == "before":
+        take(workspace, [entry])
+    else:
+        monkeypatch.setattr(module, "add_all", late)
+    taken = take(workspace, [entry])
+    assert (taken.arrived, taken.refused) == ((), ())
+    assert names(entry.parent) == [".done"]
+
+
+def test_the_problems_lie_beside_an_entry_before_it_is_put_aside(workspace: Workspace, monkeypatch) -> None:
+    entry = workspace.root / "inbox" / "notes.txt"
+    entry.write_text("x")
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            take(workspace, [entry])
+    assert names(entry.parent / ".rejected") == ["notes.txt.problems.txt"]
+    take(workspace, [entry])
+    assert names(entry.parent / ".rejected") == ["notes.txt", "notes.txt.problems.txt"]
+
+
+def test_a_full_disk_while_an_entry_is_put_aside_is_said(workspace: Workspace, monkeypatch) -> None:
+    entry = workspace.root / "inbox" / "notes.txt"
+    entry.write_text("x")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(DataError, match=r"the inbox cannot be written \(No space left on device\)"):
+        module._move(entry, entry.parent / ".rejected", "notes.txt", "problems")
+    assert entry.exists()
+
+
+def test_a_folder_whose_class_folders_are_all_links_is_taken(workspace: Workspace) -> None:
+    entry = workspace.root / "inbox" / "batch"
+    for label in ("0", "1"):
+        (entry / ".images" / label).mkdir(parents=True)
+        pixels = np.random.default_rng(int(label)).integers(0, 255, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(entry / ".images" / label / "0.png")
+        (entry / label).symlink_to(Path(".images") / label)
+    assert look(Inbox(entry.parent, 0)) == ["batch"]
+    (arrived,) = take(workspace, [entry]).arrived
+    assert arrived.images == 2
+
+
+def test_a_link_that_leads_nowhere_is_put_aside(workspace: Workspace) -> None:
+    entry = workspace.root / "inbox" / "a.npz"
+    entry.symlink_to("nowhere.npz")
+    box = Inbox(entry.parent, 0)
+    assert look(box) == ["a.npz"]
+    for _ in range(2):
+        entry.is_symlink() or entry.symlink_to("nowhere.npz")
+        (refused,) = take(workspace, [entry]).refused
+        assert refused.problems == ("the source does not exist",)
+    assert look(box) == []
+    assert names(entry.parent / ".rejected")[:2] == ["a.npz", "a.npz-2"]
 
 
 def test_damaged_data_is_not_blamed_on_what_arrives(workspace: Workspace) -> None:

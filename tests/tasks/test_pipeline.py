@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import signal
@@ -12,9 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from dvc import dvcfile
 
 from nss.errors import BusyError, StageError
-from tasks.pipeline import Pipeline, full_disk
+from tasks.pipeline import Pipeline
 from tasks.workspace import Workspace
 
 # What the fixture's first stage does.
@@ -61,6 +61,41 @@ def test_a_changed_input_is_seen_as_changed_and_is_in_the_key_at_one_look(toy: W
     assert (was_clean, is_clean) == (True, False)
     assert before != after == pipeline.stage_key("first")
     assert pipeline.stale() == ("first",)
+
+
+def test_while_it_is_kept_every_change_is_seen_and_looking_changes_nothing(toy: Workspace) -> None:
+    pipeline = Pipeline(toy)
+    with pipeline.kept():
+        assert (pipeline.stages(), pipeline.look("first")[1]) == (("first", "second"), False)
+        assert pipeline.reproduce("first") == "executed"
+        key, is_clean = pipeline.look("first")
+        assert is_clean
+        (toy.root / "in.txt").write_text("two\n")
+        assert not pipeline.look("first")[1]
+        # A look that took what is there now for what the stage had seen would find it clean the second time.
+        assert not pipeline.look("first")[1]
+        (toy.root / "in.txt").write_text("one\n")
+        assert pipeline.look("first") == (key, True)
+        (toy.root / "params.yaml").write_text("group: {a: 2}\nother: {b: 2}\n")
+        assert pipeline.look("first")[0].params != key.params
+        (toy.root / "first.txt").unlink()
+        assert pipeline.stale() == ("first", "second")
+    assert Pipeline(toy).look("first") == pipeline.look("first")
+
+
+def test_while_it_is_kept_dvc_yaml_and_dvc_lock_are_read_once(toy: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline(toy)
+    pipeline.reproduce("first")
+    pipeline.reproduce("second")
+    read: list[str] = []
+    real = dvcfile.FileMixin._load
+    monkeypatch.setattr(dvcfile.FileMixin, "_load", lambda self: read.append(Path(self.path).name) or real(self))
+    with pipeline.kept():
+        pipeline.stages()
+        for name in ("first", "second"):
+            pipeline.look(name)
+            pipeline.stage_key(name)
+    assert sorted(read) == ["dvc.lock", "dvc.yaml"]
 
 
 def test_a_deleted_output_is_restored_without_running(toy: Workspace) -> None:
@@ -288,38 +323,6 @@ def test_a_full_disk_is_named_and_nothing_half_is_kept(toy: Workspace, command, 
     (toy.root / "first.txt").unlink()
     assert Pipeline(toy).reproduce("first") == "restored"
     assert (toy.root / "first.txt").read_bytes() == bytes(2_000_000)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device", "artifacts/x"),
-        OSError(errno.EDQUOT, "Disk quota exceeded"),
-        RuntimeError("(sqlite3.OperationalError) database or disk is full"),
-    ],
-)
-def test_a_full_disk_is_known_however_it_is_told_and_wrapped(error: Exception, tmp_path: Path) -> None:
-    try:
-        try:
-            raise error
-        except Exception as cause:
-            raise ValueError("something failed") from cause
-    except ValueError as wrapped:
-        found = full_disk(wrapped, tmp_path)
-    assert "there is no room left on the disk" in str(found)
-    assert str(getattr(error, "filename", None) or tmp_path) in str(found)
-
-
-def test_errors_that_are_the_context_of_each_other_are_looked_through_once(tmp_path: Path) -> None:
-    first, second = ValueError("one"), ValueError("two")
-    first.__context__, second.__context__ = second, first
-    assert full_disk(first, tmp_path) is None
-    second.args = ("database or disk is full",)
-    assert "no room left" in full_disk(first, tmp_path).what
-
-
-def test_another_error_is_no_full_disk(tmp_path: Path) -> None:
-    assert full_disk(OSError(errno.EACCES, "Permission denied"), tmp_path) is None
 
 
 def test_data_that_dvc_knows_is_committed_only_when_it_changed(toy: Workspace) -> None:

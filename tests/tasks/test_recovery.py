@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -197,8 +198,47 @@ def test_temporary_files_go_when_their_owner_has_died(workspace: Workspace, plac
     assert not path.exists()
 
 
-def leave(workspace: Workspace, host: str, pid: int) -> Path:
-    folder = workspace.root / f".champion.{host}~{pid}.abcd_123"
+def test_what_cannot_be_removed_is_said_and_keeps_nothing_else(
+    workspace: Workspace, gone: str, no_store: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid, remove = int(gone.split(":")[1]), shutil.rmtree
+    first, second = (leave(workspace, HOST, pid, suffix) for suffix in ("aaaa_123", "bbbb_123"))
+
+    def refuse(folder: Path, **options: object) -> None:
+        if folder == first:
+            raise PermissionError(13, "Permission denied")
+        remove(folder, **options)
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    lines = {line.rsplit(", ", 1)[1] for line in recover(workspace)}
+    assert lines == {f"{first.name}: cannot be removed (Permission denied)", f"{second.name}: removed"}
+    assert (first.exists(), second.exists()) == (True, False)
+
+
+def test_what_goes_wrong_is_a_note_and_the_rest_is_put_in_order(half_added: Workspace, no_store: None) -> None:
+    (half_added.root / ".data.lock").mkdir()
+    lines = recover(half_added)
+    (note,) = [line for line in lines if line.startswith("not put in order: ")]
+    assert note.startswith("not put in order: batches that were never finished (")
+    assert note.endswith("); the next cycle tries again")
+    assert batches(half_added) == ["a", "b"]
+
+
+def test_one_sweep_that_fails_ends_no_other(
+    workspace: Workspace, gone: str, no_store: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise ValueError("an odd process\nand more")
+
+    monkeypatch.setattr("psutil.process_iter", broken)
+    folder = leave(workspace, HOST, int(gone.split(":")[1]))
+    note, line = recover(workspace)
+    assert note == "not put in order: stages without a parent (an odd process); the next cycle tries again"
+    assert line.endswith(f"{folder.name}: removed")
+
+
+def leave(workspace: Workspace, host: str, pid: int, suffix: str = "abcd_123") -> Path:
+    folder = workspace.root / f".champion.{host}~{pid}.{suffix}"
     folder.mkdir()
     return folder
 
@@ -329,6 +369,7 @@ HOLDER = """
 def test_a_killed_processes_prefect_run_is_crashed_and_its_temporary_server_ends(
     workspace: Workspace, tmp_path: Path, no_store: None
 ) -> None:
+    (workspace.root / "data.dvc").write_text("outs:\n- md5: 1234.dir\n  path: data\n")
     holder = start(HOLDER, PREFECT_HOME=str(tmp_path / "prefect"))
     pid, api = holder.stdout.readline().split()
     processes = [start(FLOW, workspace.root, PREFECT_API_URL=api) for _ in range(2)]
@@ -339,10 +380,11 @@ def test_a_killed_processes_prefect_run_is_crashed_and_its_temporary_server_ends
         (line,) = recover(workspace)
         assert dead in line
         with get_client(sync_client=True) as client:
-            states = [client.read_flow_run(UUID(each)).state_name for each in (dead, living)]
+            runs = [client.read_flow_run(UUID(each)) for each in (dead, living)]
     for process in (processes[1], holder):
         process.kill()
         process.wait()
-    assert states == ["Crashed", "Running"]
+    assert [run.state_name for run in runs] == ["Crashed", "Running"]
+    assert all("nss.data_md5=1234.dir" in run.tags for run in runs)
     server = psutil.Process(int(pid))
     wait_for(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE)

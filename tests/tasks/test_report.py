@@ -24,7 +24,8 @@ from flows import cli_report
 from nss.compare import Pairs
 from nss.data import load_data
 from nss.errors import StageError
-from nss.files import read_json, read_tensors, text_digest, write_json, write_tensors
+from nss.files import read_json, text_digest, write_json
+from nss.tensor_files import read_tensors, write_tensors
 from tasks.champion import unpin_champion
 from tasks.report import log_report, page, write_report
 from tasks.report_facts import read_facts

@@ -6,14 +6,16 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from nss.data import load_data
-from nss.errors import StageError
+from nss.errors import ParamsError, StageError
 from nss.latency import Latency
 from nss.model import load_model, model_digest
 from nss.size import count_macs, count_parameters
-from nss.triage import TriageSettings, triage
+from nss.triage import BUDGETS, TriageSettings, triage
 from tasks import triage as stage
+from tasks.params import TriageParams
 
 VERBS = ("restructure", "readapt", "extend")
 
@@ -138,3 +140,45 @@ def test_findings_about_other_batches_are_refused_by_those_who_read_batches(smal
         assert not small.workspace.out(verb).exists()
     else:
         assert small.run(verb, when="triage") == {"done": 0}
+
+
+FREE = dict.fromkeys(BUDGETS)
+PLAIN = {**asdict(TriageSettings()), "budgets": FREE}
+SHARES = [-0.01, 0.0, 1e-9, 0.5, 1 - 1e-9, 1.0, 1.01, float("nan")]
+TRIED = {
+    "alpha": SHARES[:2] + SHARES[3:],
+    "min_effect": SHARES,
+    "max_drop": SHARES,
+    "min_images": [-1, 1, 2, 3],
+    "min_class_images": [-1, 0, 1, 2],
+    **{f"budgets.{name}": [-1.0, 0.0, 1e-9, 5.0, float("nan"), float("inf")] for name in BUDGETS},
+}
+
+
+@pytest.mark.parametrize("name", TRIED)
+def test_params_yaml_and_the_library_allow_the_same_values(name: str) -> None:
+    """Both check, see test_gate.py. What depends on another value is in test_params.py."""
+    allowed = {value: (in_params(name, value), in_library(name, value)) for value in TRIED[name]}
+    assert {value: each for value, each in allowed.items() if each[0] is not each[1]} == {}
+    assert {each[0] for each in allowed.values()} == {True, False}
+
+
+def changed(name: str, value: float, budgets: dict[str, float | None]) -> dict[str, Any]:
+    group, _, key = name.rpartition(".")
+    return {**PLAIN, "budgets": {**budgets, key: value}} if group else {**PLAIN, "budgets": budgets, name: value}
+
+
+def in_params(name: str, value: float) -> bool:
+    try:
+        TriageParams(**changed(name, value, FREE))
+    except ValidationError:
+        return False
+    return True
+
+
+def in_library(name: str, value: float) -> bool:
+    try:
+        TriageSettings(**changed(name, value, {}))
+    except ParamsError:
+        return False
+    return True
