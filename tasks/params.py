@@ -231,8 +231,8 @@ def load_params(path: Path) -> Params:
 
 def _read(path: Path) -> Any:
     try:
-        # The rules that DVC reads parameters by: by others, 5e-4 is a text and `on` is true. DVC takes the faster parser
-        # in C, but that of Python says where a bracket was opened.
+        # The rules that DVC reads parameters by: by others, 5e-4 is a text and `on` is true. DVC takes the parser in C,
+        # but that of Python says where a bracket was opened.
         content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ParamsError("params.yaml is missing", where=str(path), fix="git checkout params.yaml") from None

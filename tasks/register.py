@@ -133,12 +133,14 @@ def add_version(workspace: Workspace, params: Params, tracker: Tracker, gate: Ga
     """Return the version of a candidate, registered with where it comes from when it is not yet."""
     each, pipeline = gate.candidates[verb], Pipeline(workspace)
     figures = {**each["figures"], **_per_class(workspace, verb)}
-    key, stage_key = version_key(each["model"], each["batches"], figures), pipeline.stage_key(verb)
+    key = version_key(each["model"], each["batches"], figures)
+    with pipeline.kept():
+        stage_key, base_key = pipeline.stage_key(verb), pipeline.stage_key("base")
     run_id = journal.backfill(tracker, workspace, params, verb, stage_key, None)
     outputs = tracker.client.get_run(run_id).outputs
     if not (outputs and outputs.model_outputs):
         raise StageError(f"the MLflow run of {verb} has no model", where=run_id, fix="delete this run, then `nss run`")
-    base = tracker.find(stage="base", stage_key=pipeline.stage_key("base").digest)
+    base = tracker.find(stage="base", stage_key=base_key.digest)
     tags = {
         **provenance_tags(workspace, stage_key),
         **figure_tags(figures),

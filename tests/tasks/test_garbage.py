@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -38,6 +40,26 @@ def test_garbage_that_is_made_afterwards_is_still_found() -> None:
     del knot
     gc.collect()
     assert len([each for each in gc.get_objects() if isinstance(each, Knot)]) == before
+
+
+def test_at_its_end_a_process_that_collects_rarely_does_not_look_through_what_it_has() -> None:
+    # A finalizer of what is in a knot tells whether the last collection has found it.
+    code = """
+from tasks.garbage import collect_rarely
+class Knot:
+    def __del__(self):
+        import os
+        os.write(1, b"looked through")
+{}
+knot = Knot()
+knot.itself = [knot]
+del knot
+"""
+    found = [
+        subprocess.run([sys.executable, "-c", code.format(first)], capture_output=True, text=True, check=True).stdout
+        for first in ("", "collect_rarely()")
+    ]
+    assert found == ["looked through", ""]
 
 
 class Knot:
