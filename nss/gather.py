@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import cast
+from functools import cache, partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, fx
 
 from nss.anatomy import Producer
@@ -230,11 +231,22 @@ def _channel_table(x: Tensor, reader: Reader) -> Tensor:
 
 
 def _second_moment(table: Tensor) -> Tensor:
-    """Sum of x x^T over the rows of a table. NumPy sees that the product is symmetric and computes half of it."""
-    if table.device.type != "cpu":
+    """Sum of x x^T over the rows of a table.
+
+    NumPy sees that the product is symmetric and computes half of it. Its library has threads of its own, which wait for
+    the cores that PyTorch's threads keep busy: it gets one, and PyTorch multiplies where it has more than two.
+    """
+    if table.device.type != "cpu" or torch.get_num_threads() > 2:
         return (table.T @ table).cpu()
     array = table.numpy()
-    return torch.from_numpy(array.T @ array)
+    with _numpy_threads().limit(limits=1):
+        return torch.from_numpy(array.T @ array)
+
+
+@cache
+def _numpy_threads() -> Any:
+    # What NumPy brought along, found once: looking through the libraries of a process takes milliseconds.
+    return ThreadpoolController().select(user_api="blas")
 
 
 def readers(sites: Sites) -> Iterator[Reader]:
