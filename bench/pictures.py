@@ -89,7 +89,7 @@ def draw_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
             axes.set_title(f"{model}: {title}", fontsize=10)
     grid[0].set_ylabel("accuracy on test images, %")
     figure.legend(
-        *grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8.5, frameon=False
+        *grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8.5, frameon=False
     )
     return figure
 
