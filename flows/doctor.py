@@ -7,12 +7,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import Any
 
 from nss.errors import NssError
 from tasks.workspace import Workspace, find_workspace, with_packages
 
-_PACKAGES = ("torch", "torchvision", "sklearn", "scipy", "safetensors", "matplotlib", "mlflow", "prefect", "dvc")
+# What is imported, and the name that it is installed by.
+_PACKAGES = {
+    name: name for name in ("torch", "torchvision", "scipy", "safetensors", "matplotlib", "mlflow", "prefect", "dvc")
+} | {"sklearn": "scikit-learn"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def _packages() -> str:
         if module.__file__ is None:
             where = next(iter(module.__path__))
             raise NssError(f"`import {name}` finds a folder, {where}", fix="pip install -e . in this environment")
-    return ", ".join(_PACKAGES)
+    return ", ".join(f"{name} {version(name)}" for name in _PACKAGES.values())
 
 
 def _git(workspace: Workspace) -> str:

@@ -26,7 +26,7 @@ def status(workspace: Workspace, inbox: Path, name: str) -> dict[str, Any]:
         "champion": champion and {"name": champion.name, "version": champion.version, "model": champion.model},
         "data_md5": data_md5(workspace),
         "last_cycle": _last_cycle(workspace),
-        "verdict": _verdict(workspace),
+        "verdict": _verdict(workspace, champion.model if champion else ""),
         "inbox": {"folder": str(inbox), "pending": list(Inbox(inbox).pending())},
         "is_working": is_held(workspace),
         "server": _server(name) if has_server() else None,
@@ -57,12 +57,15 @@ def _last_cycle(workspace: Workspace) -> dict[str, Any] | None:
     }
 
 
-def _verdict(workspace: Workspace) -> dict[str, Any] | None:
+def _verdict(workspace: Workspace, champion: str) -> dict[str, Any] | None:
+    """Return verdict, the candidate that is promoted, and whether it waits: it is not the champion, by its digest."""
     path = workspace.out("gate") / "gate.json"
     if not path.is_file():
         return None
     decision = read_json(path)
-    return {"verdict": decision["verdict"], "promoted": decision["promoted"]}
+    verb = decision["promoted"]
+    waits = verb is not None and decision["candidates"][verb]["model"] != champion
+    return {"verdict": decision["verdict"], "promoted": verb, "waits": waits}
 
 
 def _server(name: str) -> dict[str, Any]:
@@ -111,7 +114,8 @@ def _cycle_words(cycle: dict[str, Any], md5: str) -> str:
 
 
 def _verdict_words(verdict: dict[str, Any]) -> str:
-    return verdict["verdict"] + (f" of {verdict['promoted']}" if verdict["promoted"] else "")
+    what = verdict["verdict"] + (f" of {verdict['promoted']}" if verdict["promoted"] else "")
+    return what + ("; it waits, `nss promote` makes it the champion" if verdict["waits"] else "")
 
 
 def _server_lines(server: dict[str, Any] | None) -> list[str]:

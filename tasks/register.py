@@ -296,7 +296,9 @@ def _rollback_move(workspace: Workspace, params: Params, tracker: Tracker, reaso
     now, previous = maintained(workspace, registry), registry.by_alias(PREVIOUS)
     if previous is None or (now and previous.number == now.number):
         raise StageError(
-            f"{registry.name} has no previous champion to go back to", where=tracker.uri, fix="nss lineage shows it"
+            f"{registry.name} has no previous champion to go back to",
+            where=tracker.uri,
+            fix="there is one after the second promotion; `nss lineage` shows where the champion comes from",
         )
     return Move(
         id=uuid.uuid4().hex,
