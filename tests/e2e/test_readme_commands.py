@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -17,26 +16,15 @@ _FOREIGN = ("MLFLOW_", "PREFECT_", "DVC_", "NSS_", "GIT_", "MAKE", "MFLAGS")
 _BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@dataclass
-class Printed:
-    """{command: what it printed}, and the seconds of processor time that it took with all that it started."""
-
-    text: dict[str, str] = field(default_factory=dict)
-    cpu: dict[str, float] = field(default_factory=dict)
-
-
-def run(folder: Path, env: dict[str, str], command: str) -> tuple[str, float]:
+def run(folder: Path, env: dict[str, str], command: str) -> str:
     """Run a line in a shell of its own, with the environment that `.venv/bin/activate` makes."""
     line = f". .venv/bin/activate\n{command}"
-    before = os.times()
     done = subprocess.run(
         ["bash", "-e", "-c", line], cwd=folder, env=env, capture_output=True, text=True, timeout=1800, check=False
     )
-    after = os.times()
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr, done.stderr
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return done.stdout, cpu
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -51,50 +39,48 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def printed(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Printed:
+def printed(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What the commands of the README print, in their order."""
     home = tmp_path_factory.mktemp("prefect")
     env = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
     env |= {"PYTHONPATH": str(checkout), "PREFECT_HOME": str(home)}
-    found = Printed()
+    found: dict[str, str] = {}
     for block in _BLOCK.findall((checkout / "README.md").read_text(encoding="utf-8")):
         for line in block.splitlines():
             command = line.partition("  #")[0].strip()
-            found.text[command], found.cpu[command] = run(checkout, env, command)
+            found[command] = run(checkout, env, command)
             if command == "make demo":
-                found.text["git status"], _ = run(checkout, env, "git status --porcelain")
+                found["git status"] = run(checkout, env, "git status --porcelain")
     return found
 
 
-def test_make_run_takes_the_digits_through_the_pipeline(printed: Printed) -> None:
-    text = printed.text["make run"]
+def test_make_run_takes_the_digits_through_the_pipeline(printed: dict[str, str]) -> None:
+    text = printed["make run"]
     assert len(re.findall(r"^\w+ +Executed ", text, re.MULTILINE)) == 9
     assert "verdict     PROMOTE: restructure" in text
     assert "registered  digits version 1 waits" in text
 
 
-def test_make_demo_tells_of_a_model_that_shrinks_learns_and_follows(printed: Printed) -> None:
-    text = printed.text["make demo"]
+def test_make_demo_tells_of_a_model_that_shrinks_learns_and_follows(printed: dict[str, str]) -> None:
+    text = printed["make demo"]
     promoted = re.findall(r"^  gate +(restructure|extend|readapt): PROMOTE", text, re.MULTILINE)
     assert promoted == ["restructure", "extend", "readapt"]
     champions = re.findall(r"^  registered  digits version (\d) is the champion", text, re.MULTILINE)
     assert champions == ["1", "2", "3"]
-    # What two cores do in three minutes, whatever else they are doing.
-    assert printed.cpu["make demo"] < 360
 
 
-def test_neither_changes_a_file_that_git_tracks(printed: Printed) -> None:
+def test_neither_changes_a_file_that_git_tracks(printed: dict[str, str]) -> None:
     # Where floating point is not that of the machine that wrote dvc.lock, its hashes are not either.
-    assert [line[3:] for line in printed.text["git status"].splitlines()] in ([], ["dvc.lock"])
+    assert [line[3:] for line in printed["git status"].splitlines()] in ([], ["dvc.lock"])
 
 
-def test_the_second_run_and_dvc_find_nothing_to_do(printed: Printed) -> None:
-    assert len(re.findall(r"^\w+ +Cached ", printed.text["nss run"], re.MULTILINE)) == 9
-    assert "Running stage" not in printed.text["dvc repro"]
+def test_the_second_run_and_dvc_find_nothing_to_do(printed: dict[str, str]) -> None:
+    assert len(re.findall(r"^\w+ +Cached ", printed["nss run"], re.MULTILINE)) == 9
+    assert "Running stage" not in printed["dvc repro"]
 
 
-def test_what_the_gate_lets_through_is_reported_and_promoted(printed: Printed, checkout: Path) -> None:
-    assert "verdict     PROMOTE of restructure" in printed.text["nss status"]
-    assert "PROMOTE: restructure is promoted" in printed.text["nss report"]
+def test_what_the_gate_lets_through_is_reported_and_promoted(printed: dict[str, str], checkout: Path) -> None:
+    assert "verdict     PROMOTE of restructure" in printed["nss status"]
+    assert "PROMOTE: restructure is promoted" in printed["nss report"]
     assert (checkout / "report" / "index.html").is_file()
-    assert "the champion is digits version 1 (restructure)" in printed.text["nss promote"]
+    assert "the champion is digits version 1 (restructure)" in printed["nss promote"]
