@@ -17,7 +17,7 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nss import files
+from nss import files, tensor_files
 from nss.errors import ModelError, NssError
 from nss.model import (
     Classifier,
@@ -179,7 +179,7 @@ def other_weights(folder: Path) -> None:
 def reshape(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["network.conv1.weight"] = tensors["network.conv1.weight"][:8].clone()
-    files.write_tensors(folder / "model.safetensors", tensors, {"format": 1})
+    tensor_files.write_tensors(folder / "model.safetensors", tensors, {"format": 1})
     weights = files.file_digest(folder / "model.safetensors")
     edit(folder, lambda content: content.update(weights=weights))
 
