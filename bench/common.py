@@ -179,22 +179,22 @@ def _npz(name: str) -> Path:
     return path
 
 
-def training(name: str) -> dict[str, float]:
+def training(name: str) -> dict[str, Any]:
     """Return how base models of a data set are trained."""
     return {"epochs": EPOCHS.get(name, DEFAULT_EPOCHS), "batch_size": BATCH, "learning_rate": RATE}
 
 
 def base_model(data: Dataset, name: str, factory: str, seed: int) -> Classifier:
     """Return the base model of (data, factory, seed), trained once and kept for all benchmarks."""
-    epochs = EPOCHS.get(name, DEFAULT_EPOCHS)
+    how = training(name)
     mean, std = data.pixel_statistics()
-    key = digest({"data": data.digest, "factory": factory, "seed": seed, "epochs": epochs})
+    key = digest({"data": data.digest, "factory": factory, "seed": seed, "epochs": how["epochs"]})
     folder = CACHE / "models" / f"{Path(name).stem}-{factory.partition(':')[2]}-{seed}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             model = build_model(factory, data.classes, data.image_shape, seed, mean=mean, std=std)
-            train(model, data, epochs, seed, batch_size=BATCH, learning_rate=RATE)
+            train(model, data, seed=seed, **how)
             save_model(model, folder)
     return load_model(folder)
 

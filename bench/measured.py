@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.common import is_quick
 from nss.files import read_json
 
 Row = Mapping[str, Any]
@@ -32,7 +33,7 @@ class Source:
     @property
     def is_quick(self) -> bool:
         """Whether it is of one seed and a subset."""
-        return "--quick" in self.command.split()
+        return is_quick({"command": self.command})
 
     def where(self, **wanted: Any) -> list[Row]:
         """Return the rows that have these values."""

@@ -25,7 +25,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Crashed
 
-from nss.errors import NssError
+from nss.errors import NssError, first_line
 from tasks.recovery import DATA, crash_dead
 
 FLOW = "maintain"
@@ -195,7 +195,7 @@ def answering() -> Iterator[None]:
     try:
         yield
     except (httpx.HTTPError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise NssError(
             f"no answer from the Prefect server ({reason})",
             where=str(PREFECT_API_URL.value()),

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
-from nss.errors import NssError
+from nss.errors import NssError, first_line
 from tasks.workspace import Workspace, find_workspace, with_packages
 
 # What is imported, and the name that it is installed by.
@@ -64,7 +64,7 @@ def _run(name: str, check: Callable[[], str]) -> Finding:
         problems = "; ".join(getattr(error, "problems", ()))
         return Finding(name, False, f"{error.what.splitlines()[0]}{': ' if problems else ''}{problems}", error.fix)
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         return Finding(name, False, f"{type(error).__name__}: {first}")
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from prefect import flow, tags
 from prefect.context import FlowRunContext
 
-from nss.errors import StageError
+from nss.errors import StageError, first_line
 from nss.files import read_json
 from tasks import journal, promotion, register
 from tasks.champion import read_champion
@@ -261,7 +261,7 @@ class _Cycle:
 
     def _silence(self, error: Exception) -> None:
         if not self.is_silent:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             _warn([f"not logged to MLflow ({reason}); the next `nss run` makes up for it"])
         self.is_silent, self.tracker = True, None
 

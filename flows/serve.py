@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from flows.deployment import EVENT, FLOW, WANTED, Deployment, answering, require_server, resource
 from flows.maintain import maintain
 from flows.watch import Tell, There, Watcher, Watching
-from nss.errors import NssError
+from nss.errors import NssError, first_line
 from tasks.lock import exclusive, is_held
 from tasks.recovery import recover
 from tasks.workspace import Workspace
@@ -165,7 +165,7 @@ def _reason(error: BaseException) -> str:
     """Return the first line of an error, or of the first that its group holds."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def _what_next(serving: Serving) -> str:

@@ -89,3 +89,12 @@ class StageError(NssError):
 
 class BusyError(NssError):
     """Somebody else holds the repository."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its kind where it says nothing.
+
+    >>> first_line(OSError("cannot connect"))
+    'cannot connect'
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

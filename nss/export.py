@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from nss.errors import ExportError
+from nss.errors import ExportError, first_line
 from nss.files import replacing
 from nss.mask import ChannelMask
 from nss.model import Classifier, model_digest
@@ -107,7 +107,7 @@ def load_export(path: str | Path) -> Call:
         raise
     except Exception as problem:
         raise ExportError(
-            f"the file cannot be read: {_first_line(problem)}", where=str(path), fix="export the model again"
+            f"the file cannot be read: {first_line(problem)}", where=str(path), fix="export the model again"
         ) from None
 
 
@@ -156,7 +156,7 @@ def _publish(
         content = make()
     except Exception as problem:
         raise ExportError(
-            f"PyTorch cannot export this network: {_first_line(problem)}",
+            f"PyTorch cannot export this network: {first_line(problem)}",
             where=twin.spec.factory,
             fix="its forward must not branch on the values of tensors, nor on the batch size",
         ) from problem
@@ -256,7 +256,7 @@ def _largest_difference(twin: Classifier, export: Call, images: Tensor, size: in
                 logits = export(batch)
             except Exception as problem:
                 raise ExportError(
-                    f"the export fails on a batch of {len(batch)}: {_first_line(problem)}", where=str(path)
+                    f"the export fails on a batch of {len(batch)}: {first_line(problem)}", where=str(path)
                 ) from None
             if logits.shape != wanted.shape:
                 raise ExportError(
@@ -273,7 +273,3 @@ def _package(name: str) -> Any:
         raise ExportError(
             f"ONNX needs the package {name}, which is not installed", fix="pip install 'nss[export]'"
         ) from None
-
-
-def _first_line(problem: Exception) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nss.errors import ModelError
+from nss.errors import ModelError, first_line
 from nss.files import file_digest, replacing, write_json
 from nss.mask import ChannelMask
 from nss.model_spec import FORMAT, read_spec
@@ -131,13 +131,8 @@ def _build_network(spec: ModelSpec, seed: int, allow: Sequence[str]) -> nn.Modul
     try:
         router = Router(spec.views, spec.features, [task.classes for task in spec.tasks])
     except RuntimeError as problem:
-        raise ModelError(f"a router of {spec.features} features cannot be made: {_first_line(problem)}") from None
+        raise ModelError(f"a router of {spec.features} features cannot be made: {first_line(problem)}") from None
     return Columns(columns, spec.input_shape, router)
-
-
-def _first_line(problem: Exception) -> str:
-    """Return what PyTorch says before its stack of C++ frames."""
-    return next(iter(str(problem).splitlines()), type(problem).__name__)
 
 
 def factory_network(spec: ModelSpec, classes: int, seed: int, allow: Sequence[str] = ()) -> nn.Module:
@@ -155,7 +150,7 @@ def factory_network(spec: ModelSpec, classes: int, seed: int, allow: Sequence[st
             network = call(**given, **spec.arguments)
         except Exception as problem:
             raise ModelError(
-                f"the factory failed: {_first_line(problem)}",
+                f"the factory failed: {first_line(problem)}",
                 where=spec.factory,
                 allowed=f"arguments: {', '.join(parameters)}",
                 fix="correct `arguments`",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nss.errors import ModelError
+from nss.errors import ModelError, first_line
 from nss.model import Classifier
 from nss.tensor_files import read_tensors
 
@@ -59,7 +59,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             fix="save that, or better safetensors.torch.save_file(model.state_dict(), path), where it was trained",
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         raise ModelError(f"the file is damaged or no file of weights: {first}", where=str(path)) from None
     return _state_dict(content, path)
 

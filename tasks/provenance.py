@@ -18,6 +18,9 @@ from tasks.workspace import Workspace
 PROCESS = "nss.process"
 """The tag that names the process of a run, see `tasks.processes.process_id`."""
 
+DATA_MD5 = "nss.data_md5"
+"""The tag that names the version of data/ which a run works on."""
+
 _UNKNOWN = "unknown"
 
 
@@ -27,7 +30,7 @@ def provenance_tags(workspace: Workspace, key: StageKey | None = None) -> dict[s
     >>> provenance_tags(find_workspace())["nss.data_md5"]  # doctest: +SKIP
     '9f0c1e8a....dir'
     """
-    tags = {PROCESS: process_id(), "nss.data_md5": data_md5(workspace), **_git_tags(workspace.root)}
+    tags = {PROCESS: process_id(), DATA_MD5: data_md5(workspace), **_git_tags(workspace.root)}
     if key is not None:
         tags |= {"nss.stage_key": key.digest, "nss.params_digest": key.params, "nss.code_digest": key.code}
     if experiment := os.environ.get("DVC_EXP_NAME"):

@@ -24,16 +24,16 @@ from prefect.context import FlowRunContext
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Crashed
 
-from nss.errors import NssError
+from nss.errors import NssError, first_line
 from nss.files import owner_of, read_json
 from tasks.pipeline import OWNER, Pipeline
 from tasks.processes import is_dead, process_id, stop
-from tasks.provenance import PROCESS, data_md5
+from tasks.provenance import DATA_MD5, PROCESS, data_md5
 from tasks.registry import STORE_ERRORS
 from tasks.tracking import Tracker, open_tracker
 from tasks.workspace import Workspace
 
-DATA = "nss.data_md5="
+DATA = f"{DATA_MD5}="
 """How the tag of a Prefect run begins that names the version of data/ which it works on."""
 
 _PREFIX = f"{PROCESS}="
@@ -62,7 +62,7 @@ def recover(workspace: Workspace) -> list[str]:
         except _AWAY:
             continue
         except Exception as error:
-            done.append(f"not put in order: {what} ({_short(error)}); the next cycle tries again")
+            done.append(f"not put in order: {what} ({first_line(error)}); the next cycle tries again")
     return done
 
 
@@ -236,10 +236,6 @@ def _active(client: SyncPrefectClient) -> list[FlowRun]:
 
 def _marks(run: FlowRun) -> Iterator[str]:
     return (tag.removeprefix(_PREFIX) for tag in run.tags if tag.startswith(_PREFIX))
-
-
-def _short(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 _SWEEPS: dict[str, Callable[[Workspace], list[str]]] = {

@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from requests import RequestException
 from sqlalchemy.exc import SQLAlchemyError
 
-from nss.errors import StageError
+from nss.errors import StageError, first_line
 from nss.files import text_digest
 from tasks.tracking import Tracker
 
@@ -173,7 +173,7 @@ def store_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except STORE_ERRORS as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise StageError(
             f"the tracking store does not answer as it should ({reason})",
             where=uri,

@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from nss import errors
-from nss.errors import DataError, NssError, ProblemsError
+from nss.errors import DataError, NssError, ProblemsError, first_line
 
 
 def test_an_error_prints_only_the_lines_it_has() -> None:
@@ -39,3 +39,16 @@ def test_every_error_of_the_package_is_an_nss_error_and_documented() -> None:
         with pytest.raises(NssError, match="what"):
             raise each("what", where="where", allowed="allowed", fix="fix")
     assert issubclass(DataError, ProblemsError)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError("cannot connect\nat line 3"), "cannot connect"),
+        (RuntimeError("\n  too deep  \nstack"), "too deep  "),
+        (KeyError(), "KeyError"),
+        (ValueError(" \n"), "ValueError"),
+    ],
+)
+def test_the_first_line_of_an_error_is_what_it_says_or_its_kind(error: Exception, said: str) -> None:
+    assert first_line(error) == said
