@@ -40,6 +40,17 @@ class Subject(common.Subject):
     """of each task, in each split"""
 
     @cached_property
+    def data(self) -> Dataset:
+        """The whole data set. Raises SystemExit when it has fewer classes than the tasks."""
+        data = common.dataset(self.name)
+        if len(data.classes) < sum(self.sizes):
+            raise SystemExit(
+                f"bench: {self.name} has {len(data.classes)} classes, and tasks of {' + '.join(map(str, self.sizes))} "
+                f"take {sum(self.sizes)}: pass --data with at least so many"
+            )
+        return data
+
+    @cached_property
     def model(self) -> Classifier:
         """The base model, trained once for all sizes."""
         return base_model(task_data(self.data, self.sizes, 0, BASE), f"{self.name}-task", self.factory, self.seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +13,7 @@ import torch
 from bench.common import Row, interleaved
 from bench.extend_cases import Subject, balanced, forgetting, judged, matrix_row
 from bench.extend_peers import NAIVE, Budget, Setting, grown, learn, loss_of, train_peer
+from bench.memory import peak_megabytes
 from nss.extend import Extended, extend
 from nss.extend_course import Settings, train_column
 from nss.grow import add_column, capacity
@@ -105,24 +106,38 @@ class Halves:
         return {**judged(model, self._test, self.subject.sizes), "before": self._before}
 
     def step_times(self) -> list[Row]:
-        """Return the median milliseconds of a naive step and of steps of extend, run in turn on the same images."""
+        """Return the median milliseconds and the most megabytes of a naive step and of steps of extend.
+
+        They are run in turn on the same images.
+        """
+        runs = self._steps()
+        found = interleaved({name: run for name, (_, run) in runs.items()}, turns=TURNS, warm_up=1)
+        peaks = {name: peak_megabytes(model, run) for name, (model, run) in runs.items()}
+        return [
+            {
+                "step": name,
+                "milliseconds": found[name],
+                "of_naive": found[name] / found[NAIVE],
+                "megabytes": peaks[name],
+                "memory_of_naive": peaks[name] / peaks[NAIVE],
+            }
+            for name in runs
+        ]
+
+    def _steps(self) -> dict[str, tuple[Classifier, Callable[[], int]]]:
+        """Return what is trained, and a run of some steps that returns their number."""
         subject, one = self.subject, Budget(1, BATCH, 0)
-        new = self._new.pick(torch.arange(STEP_BATCHES * BATCH))
+        new = self._new.pick(torch.arange(STEP_BATCHES * BATCH) % len(self._new))
         nothing, memory = self._old.pick(torch.arange(0)), self._old.pick(drawn(self._old.labels, 0.1, 0))
         naive = grown(subject.model, subject.names(1), 0)
         column = add_column(subject.condensed, subject.names(1), WIDTH, 0)
         loss = loss_of(NAIVE, subject.model, self._old, 0.0)
         settings = Settings(1, BATCH, NO_RATE, 0.0)
-        found = interleaved(
-            {
-                NAIVE: lambda: train_peer(naive, None, new, nothing, loss, NO_RATE, one),
-                OURS: lambda: train_column(column, new, nothing, nothing, settings, 0)[1],
-                "nss, replay": lambda: train_column(column, new, nothing, memory, settings, 0)[1],
-            },
-            turns=TURNS,
-            warm_up=1,
-        )
-        return [{"step": step, "milliseconds": each, "of_naive": each / found[NAIVE]} for step, each in found.items()]
+        return {
+            NAIVE: (naive, lambda: train_peer(naive, None, new, nothing, loss, NO_RATE, one)),
+            OURS: (column, lambda: train_column(column, new, nothing, nothing, settings, 0)[1]),
+            "nss, replay": (column, lambda: train_column(column, new, nothing, memory, settings, 0)[1]),
+        }
 
 
 class Chain:

@@ -90,7 +90,9 @@ class Subject(common.Subject):
         return mutant
 
     def _case(self, situation: str, setting: str, count: int, model: Classifier) -> Case:
-        clean, held_out = self.first("val", 0, NEW), self.first("val", NEW, count)
+        # Of a small data set half of the validation images, so that some are left to hold out.
+        new = min(NEW, len(self.data.split("val")) // 2)
+        clean, held_out = self.first("val", 0, new), self.first("val", new, count)
 
         def changed(samples: Samples, target: nn.Module, seed: int) -> Samples:
             return Samples(change(samples, situation, setting, target, 3 * self.seed + seed), samples.labels)

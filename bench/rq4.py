@@ -1,7 +1,7 @@
 """RQ4 of the paper: learning new classes, told the task and not, against its baselines; and a chain of tasks.
 
 What is measured is kept in five parts: five new classes beside five (rows/rq4-peers and rq4-nss of the cache), five
-tasks of two classes (rq4-chain-peers and rq4-chain-nss), and the time of a step (rq4-step-time). To measure one again,
+tasks of two classes (rq4-chain-peers and rq4-chain-nss), and what a step takes (rq4-step-time). To measure one again,
 on a quiet machine or after a change, remove its folder.
 """
 
@@ -112,6 +112,7 @@ PROTOCOL = {
     "chain": f"{len(CHAIN)} tasks of two classes; {', '.join(CHAINED)} and nss without replay; forgetting: the best "
     "accuracy on a task before the last one was learned, less that in the end, mean over tasks (arXiv 1801.10112)",
     "step time": f"median milliseconds a step, of {TURNS} runs of {STEP_BATCHES} steps in turn",
+    "memory": "megabytes of all tensors of the model and of such a run when they take most, counted by torch",
 }
 LEFT_OUT = (
     f"{SMALL.images} images of each task in place of {WHOLE.images}, {QUICK_CHAIN} in the chain; epochs: "
@@ -121,8 +122,8 @@ COLUMNS = (
     "told_old, told_new: accuracy on old and on new test images among the classes of their own task; old_accuracy, "
     "new_accuracy, accuracy: among all classes; before: of the base model, told_lost: how much less told_old is; "
     "new_vs_naive is of told_new, vs_replay_10 and the like of accuracy: nss less that baseline. Of the chain: the "
-    "same in the end, and what was forgotten of each task. Of a step: median milliseconds, and the ratio to a naive "
-    "one."
+    "same in the end, and what was forgotten of each task. Of a step: median milliseconds, the most megabytes, and the "
+    "ratios to those of a naive one."
 )
 
 
@@ -204,7 +205,7 @@ def summarised(halves: Sequence[Row], chain: Sequence[Row], steps: Sequence[Row]
         *_means(ended, BY, ENDS),
         *_means(matrix, (*BY, "after", "task"), ("told", "accuracy")),
         *_means(layers, (*BY, "layer", "used"), ("total", "free", "widened")),
-        *_means(steps, ("data", "model", "step"), ("milliseconds", "of_naive")),
+        *_means(steps, ("data", "model", "step"), ("milliseconds", "of_naive", "megabytes", "memory_of_naive")),
     ]
 
 
@@ -234,14 +235,14 @@ def tables(summary: Sequence[Row]) -> list[Table]:
     ended = [row for row in summary if "forgetting" in row]
     layers = [row for row in summary if "layer" in row]
     times = [row for row in summary if "milliseconds" in row]
-    step = ("data", "model", "step", "milliseconds", "of_naive", "of_naive_sd")
+    step = ("data", "model", "step", "milliseconds", "of_naive", "of_naive_sd", "megabytes", "memory_of_naive")
     return [
         Table("new classes: accuracy on test images", (*BY, *JUDGED, "before", "told_lost"), halves),
         Table("new classes: nss less a baseline", (*BY, "told_lost", *AGAINST), ours),
         Table("new classes: cost", (*BY, *COSTS), halves),
         Table("chain: after the last task", (*BY, *ENDS), ended),
         Table("chain: neurons by layer", ("data", "model", "layer", "total", "used", "free", "widened"), layers),
-        Table("new classes: time of a step", step, times),
+        Table("new classes: time and memory of a step", step, times),
     ]
 
 

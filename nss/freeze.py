@@ -20,8 +20,8 @@ from nss.anatomy import Anatomy, Producer
 from nss.coupling import lookup
 from nss.errors import SiteError
 from nss.model import network_of, shape_of
-from nss.operations import CHANNEL_NORMS, CONVOLUTIONS, module_of, norm_behind
-from nss.rows import FoldedActivation, FreeConvolution, FreeLinear, FreeNorm, FreeRows
+from nss.operations import CHANNEL_NORMS, CONVOLUTIONS, MAX_POOLS, module_of, norm_behind
+from nss.rows import FoldedActivation, FreeConvolution, FreeLinear, FreeNorm, FreeRows, RectifiedPool
 from nss.sites import find_sites
 from nss.weight_masks import apply_masks, release_masks
 
@@ -49,7 +49,8 @@ def freeze(model: nn.Module, free: Mapping[str, Tensor], input_shape: Sequence[i
     for module in list(twin.modules()):
         _hold(module)
     norms = _followed_by_norm(anatomy)
-    wrapped = _wrapped(network, rows, norms, _followed_by_relu(anatomy, norms))
+    relus = _followed_by_relu(anatomy, norms)
+    wrapped = _wrapped(network, rows, norms, relus, _followed_by_pool(anatomy, relus))
     for name, mask in masks.items():
         layer = wrapped.get(id(network.get_submodule(name)))
         if isinstance(layer, FreeRows):
@@ -172,8 +173,26 @@ def _followed_by_relu(anatomy: Anatomy, norms: Mapping[str, str]) -> dict[str, s
     return pairs
 
 
+def _followed_by_pool(anatomy: Anatomy, relus: Mapping[str, str]) -> dict[str, str]:
+    """Return {ReLU: max pool} of those of `relus` whose only business is with a pool right behind them."""
+    graph = anatomy.graph
+    nodes = {str(node.target): node for node in graph.graph.nodes if node.op == "call_module"}
+    calls = Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_module")
+    pairs = {}
+    for relu in relus.values():
+        after = next(iter(nodes[relu].users))
+        is_pool = isinstance(module_of(after, graph), MAX_POOLS)
+        if is_pool and len(nodes[relu].users) == calls[str(after.target)] == 1:
+            pairs[relu] = str(after.target)
+    return pairs
+
+
 def _wrapped(
-    network: nn.Module, rows: Mapping[str, Tensor], norms: Mapping[str, str], relus: Mapping[str, str]
+    network: nn.Module,
+    rows: Mapping[str, Tensor],
+    norms: Mapping[str, str],
+    relus: Mapping[str, str],
+    pools: Mapping[str, str],
 ) -> dict[int, nn.Module]:
     """Return what takes the place of each layer that has free rows or moves in training, by id."""
     wrapped: dict[int, nn.Module] = {}
@@ -189,7 +208,11 @@ def _wrapped(
         own = chosen.get(name, torch.zeros(0, dtype=torch.int64))
         if isinstance(module, CONVOLUTIONS) and (len(own) or name in norms):
             norm = wrapped[id(modules[norms[name]])] if name in norms else None
-            wrapped[id(module)] = FreeConvolution(module, own, cast("FreeNorm | None", norm), name in relus)
-            if name in relus:
-                wrapped[id(modules[relus[name]])] = FoldedActivation(modules[relus[name]])
+            relu = relus.get(name, "")
+            rectified = relu != "" and relu not in pools
+            wrapped[id(module)] = FreeConvolution(module, own, cast("FreeNorm | None", norm), rectified)
+            if relu:
+                wrapped[id(modules[relu])] = FoldedActivation(modules[relu])
+            if relu in pools:
+                wrapped[id(modules[pools[relu]])] = RectifiedPool(modules[pools[relu]])
     return wrapped

@@ -162,7 +162,7 @@ class FreeConvolution(FreeRows):
 
 
 class FoldedActivation(nn.Module):
-    """A ReLU whose work the convolution before it does."""
+    """A ReLU whose work the convolution before it does, or the pool behind it."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -174,8 +174,19 @@ class FoldedActivation(nn.Module):
         return x
 
     def settled(self) -> nn.Module:
-        """Return the ReLU."""
+        """Return the ReLU, or the pool."""
         return self.layer
+
+
+class RectifiedPool(FoldedActivation):
+    """A max pool with the ReLU before it: the largest of all that are positive is the largest, if it is positive.
+
+    So the ReLU and its gradient pass over the pooled maps alone, a quarter of the numbers.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [n, channels, ..]. Returns it pooled and rectified."""
+        return F.relu(self.layer(x), inplace=True)
 
 
 def _with(held: Tensor | None, rows: Tensor, free: Tensor | None) -> Tensor | None:

@@ -14,11 +14,12 @@ from torch import nn
 
 from bench import common, rq3
 from bench.common import Report, Row, Settings, interleaved
-from bench.readapt_cases import ATTACK, DRIFT, EPS, MAIN, NEW, OTHERS, REPAIR, Case, change, worked
+from bench.readapt_cases import ATTACK, DRIFT, EPS, MAIN, NEW, OTHERS, REPAIR, Case, Subject, change, worked
 from bench.readapt_peers import PEERS, train_peer, trained_layers
 from bench.readapt_points import BATCH, OURS, Grid, Points, best_new, best_of_ours, epoch_seconds, to_target
 from nss.attacks import pgd
 from nss.critical import critical_neurons
+from nss.data import SPLITS, Batch, Dataset
 from nss.drift import shifted
 from nss.model import Classifier, ModelSpec
 from nss.predict import accuracy
@@ -99,6 +100,20 @@ def test_readapt_trains_on_the_new_samples_and_holds_out_the_others(model: Class
     assert torch.equal(train.images, case.new.images)
     assert torch.equal(train.labels, case.new.labels)
     assert torch.equal(held_out.images, case.held_out.images)
+
+
+@pytest.mark.parametrize(("count", "new", "held_out"), [(90, 45, 20), (41, 20, 20), (30, 15, 15), (3000, 1000, 20)])
+def test_a_small_data_set_keeps_half_of_its_validation_images_to_hold_out(
+    model: Classifier, count: int, new: int, held_out: int
+) -> None:
+    images = samples(count)
+    split = torch.full((count,), SPLITS.index("val"), dtype=torch.uint8)
+    subject = Subject("small", "tiny:network", 0)
+    subject.data = Dataset(model.spec.classes, SHAPE, (Batch("0" * 32, images.images, images.labels, split),))
+    subject.model = model
+    case = subject.case(DRIFT, "contrast 1", 20)
+    assert (len(case.new), len(case.held_out)) == (new, held_out)
+    assert torch.equal(torch.cat([case.new.labels, case.held_out.labels]), images.labels[: new + held_out])
 
 
 # Points.

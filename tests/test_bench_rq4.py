@@ -44,6 +44,7 @@ from nss.extend import extend
 from nss.extend_report import told_accuracy
 from nss.model import build_model, model_digest
 from nss.samples import Samples
+from nss.size import count_parameters
 
 CLASSES = ("a", "b", "c", "d", "e", "f")
 FACTORY = "nss.zoo:vgg_small"
@@ -117,6 +118,13 @@ def test_the_tasks_of_a_subject_are_all_classes_once(halves: Subject) -> None:
     assert [halves.names(task) for task in (0, 1)] == [("a", "b", "c"), ("d", "e", "f")]
     assert halves.seen("test", 2).labels.sort().values.tolist() == sorted([*range(6)] * 12)
     assert set(halves.seen("train", 1).labels.tolist()) == {0, 1, 2}
+
+
+def test_a_data_set_with_too_few_classes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "dataset", lambda name: data_of())
+    assert len(Subject("six", FACTORY, 0, (3, 3), 60).data.classes) == 6
+    with pytest.raises(SystemExit, match=r"six has 6 classes, and tasks of 5 \+ 5 take 10"):
+        _ = Subject("six", FACTORY, 0, HALVES, 60).data
 
 
 # Judging.
@@ -230,11 +238,14 @@ def test_steps_are_timed_on_models_that_stay(halves: Subject) -> None:
     before = model_digest(halves.model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bench.extend_points.TURNS", 1)
-        patch.setattr("bench.extend_points.STEP_BATCHES", 1)
+        # Two batches of 64 are more than there are new images.
+        patch.setattr("bench.extend_points.STEP_BATCHES", 2)
         rows = Halves(halves, GRID).step_times()
     assert [row["step"] for row in rows] == [NAIVE, OURS, "nss, replay"]
-    assert rows[0]["of_naive"] == 1.0
+    assert rows[0]["of_naive"] == rows[0]["memory_of_naive"] == 1.0
     assert all(row["milliseconds"] > 0 for row in rows)
+    # At the least a model and its momentum.
+    assert all(row["megabytes"] > 0.5 * 4e-6 * count_parameters(halves.model) for row in rows)
     assert model_digest(halves.model) == before
 
 
