@@ -111,8 +111,9 @@ def maintain(root: str, retries: int = 0) -> CycleReport:
     pipeline = Pipeline(workspace)
     with exclusive(workspace, wait_s=_PATIENCE_S), pipeline.kept():
         _note(recover(workspace))
-        if changed := refresh_code(workspace):
-            _note([f"another version of nss is installed: other code in {', '.join(changed)}"])
+        changed = refresh_code(workspace)
+        if changed and (workspace.root / "dvc.lock").exists():
+            _note([f"the code has changed, of nss or of your own modules, in {', '.join(changed)}"])
         require_data(pipeline)
         require_champion(pipeline)
         with _cycle(workspace) as cycle:

@@ -2,7 +2,7 @@
 
 In nss's own repository a stage lists the files that it runs. In another one they lie wherever Python keeps packages, so
 a committed file, nss-code.yaml, holds one digest of them for each stage instead: an upgrade of nss that changes what a
-stage runs is a change of that file, and the stage is run again.
+stage runs is a change of that file, and the stage is run again. So is a change of the user's own modules.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import io
 import logging
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ruamel.yaml import YAML
 
 from nss.errors import StageError
 from nss.files import replacing, write_json
+from tasks.own_code import own_code
 from tasks.workspace import Workspace
 
 CODE = "nss-code.yaml"
@@ -29,9 +30,9 @@ logging.getLogger("dvc").setLevel(logging.WARNING)
 
 _HEADER = """\
 # Laid out by `nss init`; yours to change. params.yaml holds the settings of each stage. nss-code.yaml says which code
-# of nss each stage runs; `nss run` brings it up to date when another version of nss is installed.
+# each stage runs; `nss run` brings it up to date when another version of nss is installed or your own modules change.
 """
-_CODE_HEADER = "# A digest of the code of nss that each stage runs. Commit it; `nss run` keeps it up to date.\n"
+_CODE_HEADER = "# A digest of the code that each stage runs. Commit it; `nss run` keeps it up to date.\n"
 _IGNORED = (
     "__pycache__/",
     "/data",
@@ -85,7 +86,7 @@ def lay_out(root: Path, name: str) -> LaidOut:
     template = _template()
     _write(root / "params.yaml", (template / "params.yaml").read_text(encoding="utf-8"))
     set_params(root / "params.yaml", {**dict.fromkeys(_BUDGETS), "register.name": name})
-    _write(root / CODE, _CODE_HEADER + _yaml(code_digests()))
+    _write(root / CODE, _CODE_HEADER + _yaml(code_digests(Workspace(root))))
     _add_lines(root / ".gitignore", _IGNORED)
     _add_lines(root / ".dvcignore", _DVC_IGNORED)
     (root / "inbox").mkdir(exist_ok=True)
@@ -119,17 +120,19 @@ def set_params(path: Path, settings: Mapping[str, Any]) -> None:
     _write(path, out.getvalue())
 
 
-def code_digests() -> dict[str, str]:
-    """Return a digest of the installed files of nss that each stage runs."""
-    package = Path(__file__).resolve().parents[1]
-    return {
-        verb: hashlib.blake2b(b"\0".join((package / path).read_bytes() for path in paths), digest_size=16).hexdigest()
-        for verb, paths in _code(_template() / "dvc.yaml").items()
-    }
+def code_digests(workspace: Workspace) -> dict[str, str]:
+    """Return a digest of the code that each stage runs: installed files of nss, and the workspace's packages."""
+    package, own = Path(__file__).resolve().parents[1], own_code(workspace)
+
+    def digest(paths: Iterable[str]) -> str:
+        content = [(package / path).read_bytes() for path in paths]
+        return hashlib.blake2b(b"\0".join([*content, own] if own else content), digest_size=16).hexdigest()
+
+    return {verb: digest(paths) for verb, paths in _code(_template() / "dvc.yaml").items()}
 
 
 def refresh_code(workspace: Workspace) -> tuple[str, ...]:
-    """Bring nss-code.yaml up to date with the installed nss. Returns the stages whose code is another one now.
+    """Bring nss-code.yaml up to date with the code that there is. Returns the stages whose code is another one now.
 
     Nothing happens where the stages list their files themselves, as in nss's own repository.
     """
@@ -137,7 +140,7 @@ def refresh_code(workspace: Workspace) -> tuple[str, ...]:
     if not path.is_file():
         return ()
     recorded = YAML(typ="safe").load(path.read_text(encoding="utf-8")) or {}
-    current = code_digests()
+    current = code_digests(workspace)
     changed = tuple(verb for verb, digest in current.items() if recorded.get(verb) != digest)
     if changed:
         _write(path, _CODE_HEADER + _yaml(current))

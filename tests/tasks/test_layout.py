@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tasks import layout
 from tasks.layout import CODE, code_digests, lay_out, refresh_code, set_params
 from tasks.params import load_params
 from tasks.pipeline import Pipeline
+from tasks.workspace import Workspace, with_packages
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {".dvc/config", ".dvcignore", ".gitignore", "champion.json", "dvc.yaml", CODE, "params.yaml"}
@@ -114,9 +116,9 @@ def test_other_code_is_another_digest_for_the_stages_that_run_it(tmp_path: Path,
     for name in ("nss/a.py", "tasks/b.py"):
         (template / name).write_text("x = 1\n")
     monkeypatch.setattr(layout, "__file__", str(template / "tasks" / "layout.py"))
-    before = code_digests()
+    before = code_digests(Workspace(tmp_path))
     (template / "tasks" / "b.py").write_text("x = 2\n")
-    after = code_digests()
+    after = code_digests(Workspace(tmp_path))
     assert (before["one"], before["two"] == after["two"]) == (after["one"], False)
 
 
@@ -128,12 +130,30 @@ def test_an_upgrade_names_the_stages_it_changes_once(tmp_path: Path, monkeypatch
         (workspace.root / out).touch()
     (workspace.root / "artifacts" / "profile" / "source.json").touch()
     before = Pipeline(workspace).stage_key("slice").code
-    current = {**code_digests(), "slice": "another"}
-    monkeypatch.setattr(layout, "code_digests", lambda: current)
+    current = {**code_digests(workspace), "slice": "another"}
+    monkeypatch.setattr(layout, "code_digests", lambda _: current)
     assert refresh_code(workspace) == ("slice",)
     assert read(workspace.root / CODE) == current
     assert Pipeline(workspace).stage_key("slice").code != before
     assert refresh_code(workspace) == ()
+
+
+def test_a_module_of_the_users_own_is_code_of_every_stage(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    bare = lay_out(tmp_path / "cats", "cats").workspace
+    recorded = read(bare.root / CODE)
+    module = bare.root / "cats_net.py"
+    module.write_text("raise SystemExit('nothing of it is imported')\n")
+    assert refresh_code(bare) == ()
+    workspace = with_packages(bare, ["cats_net"])
+    assert refresh_code(workspace) == tuple(recorded)
+    assert refresh_code(workspace) == ()
+    module.write_text("WIDTH = 3\n")
+    assert refresh_code(workspace) == tuple(recorded)
+    module.write_bytes(b"WIDTH = 3\r\n")
+    assert refresh_code(workspace) == ()
+    assert refresh_code(bare) == tuple(recorded)
+    assert read(bare.root / CODE) == recorded
 
 
 def test_a_workspace_that_lists_its_files_itself_is_left_alone(tmp_path: Path) -> None:
