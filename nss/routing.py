@@ -25,8 +25,10 @@ FEATURES = 1536
 """number of features that the router looks at, about; twice as many cost four times the room"""
 PLAIN = (1.0, 0.0, 0.0, 0.0)
 """a gate that goes by its features alone"""
-PULL = 5.0
-"""how much a gate is pulled towards that: as much as so many images"""
+PULL, LEAST_PULL = 50.0, 0.3
+"""how strongly other evidence is held back: PULL over the number of images, at least LEAST_PULL"""
+RIDGE = 1e-3
+"""keeps the odds by features from growing without end where they make no mistake"""
 FINEST = 4
 """side of the finest grid that a map is averaged over"""
 
@@ -193,28 +195,37 @@ def _judge(features: Tensor, labels: Tensor, linear: tuple[Tensor, Tensor], know
 def fit_mix(seen: Tensor, new: Tensor) -> Tensor:
     """Return the weights that tell new from old images by the evidence: logistic regression, both kinds alike heavy.
 
-    seen: what `evidence` gives [n, 3], new: bool [n], some of each. A penalty pulls towards PLAIN, so that a few images
-    move little.
+    seen: what `evidence` gives [n, 3], new: bool [n], some of each. The odds by features have the right sign long
+    before they have the right size, so their weight is any that is positive. A penalty on the other weights, in units
+    of their evidence, makes a few images decide as PLAIN does.
     """
     seen, new = seen.double(), new.to(seen.device)
-    rows = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
-    plain = torch.tensor(PLAIN).to(rows)
-    scale = rows.square().mean(0).sqrt().clamp_min(1e-6)
     fewer = int(torch.minimum(new.sum(), (~new).sum()))
-    weight = torch.where(new, fewer / int(new.sum()), fewer / int((~new).sum())).to(rows)
-    mix = plain.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([mix], max_iter=200, line_search_fn="strong_wolfe")
+    weight = torch.where(new, fewer / int(new.sum()), fewer / int((~new).sum())).to(seen)
+    # Of the levels it counts how far they are from the middle; of the odds, what they say.
+    middle = (weight @ seen / weight.sum()) * torch.tensor([0.0, 1.0, 1.0]).to(seen)
+    scale = (weight @ (seen - middle).square() / weight.sum()).sqrt().clamp_min(1e-6)
+    rows = F.pad((seen - middle) / scale, (0, 1), value=1.0)
+    free = torch.zeros(len(PLAIN)).to(rows).requires_grad_()
+    optimizer = torch.optim.LBFGS([free], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        misfit = F.binary_cross_entropy_with_logits(rows @ mix, new.to(rows), weight, reduction="sum")
-        total = misfit + PULL * (scale * (mix - plain)).square().sum()
+        misfit = F.binary_cross_entropy_with_logits(rows @ _positive(free), new.to(rows), weight, reduction="sum")
+        total = misfit + max(LEAST_PULL, PULL / fewer) * free[1:].square().sum() + RIDGE * free[0].exp().square()
         total.backward()
         return total
 
     with torch.enable_grad():
         optimizer.step(loss)
-    return mix.detach().float()
+    found = _positive(free.detach())
+    weights = found[:-1] / scale
+    return torch.cat([weights, found[-1:] - (weights @ middle)[None]]).float()
+
+
+def _positive(free: Tensor) -> Tensor:
+    """Return weights of which the first, that of the odds by features, is positive."""
+    return torch.cat([free[:1].exp(), free[1:]])
 
 
 def choose_views(column: nn.Module, input_shape: tuple[int, int, int]) -> tuple[dict[str, int], int]:

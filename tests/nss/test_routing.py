@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
 from types import ModuleType
 
 import numpy as np
@@ -162,7 +163,7 @@ def test_evidence_is_odds_and_levels() -> None:
     assert found[0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_weights_follow_many_images_and_stay_plain_with_few() -> None:
+def test_weights_follow_the_evidence_that_says_something() -> None:
     generator = torch.Generator().manual_seed(0)
     new = torch.arange(2000) % 2 == 0
     side = new.double() * 2 - 1
@@ -172,8 +173,42 @@ def test_weights_follow_many_images_and_stay_plain_with_few() -> None:
     accuracy = (((seen @ mix[:3].double() + mix[3]) > 0) == new).double().mean()
     assert float(accuracy) > 0.83
     assert mix[1] < -1
-    few = fit_mix(seen[:2], new[:2])
-    assert (few - torch.tensor(PLAIN)).abs().max() < 0.6
+
+
+def overconfident(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Odds of features a hundred times too large, a level that says as much on its own, and one that says nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    new = torch.arange(count) % 2 == 0
+    side = new.double() * 2 - 1
+    noise = torch.randn(count, 3, generator=generator, dtype=torch.float64)
+    return torch.stack([200 * (side + noise[:, 0]), noise[:, 1], 10 + side + noise[:, 2]], 1), new
+
+
+def is_new(seen: Tensor, mix: Tensor) -> Tensor:
+    return seen @ mix[:3].double() + mix[3].double() > 0
+
+
+def test_with_many_images_odds_and_levels_count_for_what_they_are_worth() -> None:
+    mix = fit_mix(*overconfident(600, 0))
+    seen, new = overconfident(20_000, 1)
+    # Two independent unit Gaussians about -1 and 1: Phi(sqrt(2)) are told apart, Phi(1) by one of them.
+    assert float((is_new(seen, mix) == new).double().mean()) == pytest.approx(NormalDist().cdf(2**0.5), abs=0.01)
+    assert float((is_new(seen, torch.tensor(PLAIN)) == new).double().mean()) == pytest.approx(
+        NormalDist().cdf(1), abs=0.01
+    )
+
+
+@pytest.mark.parametrize("count", [2, 6, 10])
+def test_with_few_images_the_odds_decide_as_without(count: int) -> None:
+    mix = fit_mix(*overconfident(count, 2))
+    seen, _ = overconfident(5000, 3)
+    assert float((is_new(seen, mix) == is_new(seen, torch.tensor(PLAIN))).double().mean()) > 0.9
+
+
+def test_odds_are_never_turned_round() -> None:
+    seen, new = torch.tensor([[5.0, 1, 1], [90.0, 1, 1]]), torch.tensor([True, False])
+    assert fit_mix(seen, new)[0] > 0
+    assert fit_mix(seen * torch.tensor([1.0, 0, 0]), new).isfinite().all()
 
 
 @given(st.lists(st.tuples(st.integers(1, 600), st.integers(1, 40)), max_size=5), st.integers(-10, 3000))
