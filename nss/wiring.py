@@ -42,6 +42,8 @@ class _Step:
     reads: tuple[int, ...]
     mixes: bool
     """it is a layer whose every output reads all channels"""
+    last: tuple[int, ...]
+    """the values that no later step reads"""
 
 
 class Columns(nn.Module):
@@ -78,6 +80,11 @@ class Columns(nn.Module):
             if step.name in self.router.views:
                 # Now: what works in place may overwrite it later.
                 views.append(self.router.view(step.name, values[-1][0]))
+            for number in step.last:
+                # Of what earlier columns computed, training keeps what the last one reads, and nothing else.
+                values[number] = None
+                for column in range(1, len(self.columns)):
+                    joined.pop((number, column), None)
         return list(values[self._steps[-1].reads[0]]), torch.cat(views, 1)
 
     def _run(self, step: _Step, values: list[Any], joined: dict[tuple[int, int], Tensor], x: Tensor) -> Any:
@@ -120,13 +127,18 @@ def _program(anatomy: Anatomy) -> tuple[_Step, ...]:
     refuse_unfit(anatomy)
     graph = anatomy.graph
     mixing = {id(each.node) for each in anatomy.producers if not ops.is_depthwise(graph.get_submodule(each.module))}
-    numbers: dict[fx.Node, int] = {}
+    numbers = {node: number for number, node in enumerate(graph.graph.nodes)}
     steps = []
-    for node in graph.graph.nodes:
+    for node in numbers:
         args, kwargs = cast(Any, fx.node.map_arg)((node.args, node.kwargs), lambda each: _Value(numbers[each]))
         reads = tuple(numbers[each] for each in node.all_input_nodes)
-        steps.append(_Step(node.name, node.op, node.target, args, dict(kwargs), reads, id(node) in mixing))
-        numbers[node] = len(numbers)
+        # What the output reads is still wanted behind it.
+        last = tuple(
+            numbers[each]
+            for each in node.all_input_nodes
+            if node.op != "output" and max(numbers[user] for user in each.users) == numbers[node]
+        )
+        steps.append(_Step(node.name, node.op, node.target, args, dict(kwargs), reads, id(node) in mixing, last))
     return tuple(steps)
 
 
