@@ -43,7 +43,8 @@ def test_training_accuracy_falls_by_the_drop_and_not_much_more(data: Dataset, tr
     digest = model_digest(trained)
     mutant = mutate(trained, data, drop, seed=1)
     lost = evaluate(trained, data.split("train")).accuracy - evaluate(mutant, data.split("train")).accuracy
-    assert drop <= lost < drop + 0.08
+    # Differences of shares are off by a rounding.
+    assert drop - 1e-9 <= lost < drop + 0.08
     assert model_digest(trained) == digest
     assert type(mutant) is Classifier
 
