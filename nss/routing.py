@@ -125,11 +125,9 @@ class Router(nn.Module):
         for statistic in (self.counts, self.means, self.scatter):
             statistic.zero_()
         self.learn(batches)
-        weight, bias = self.scores(self.shrinkage())
-        with torch.no_grad():
-            for gate in cast(Iterable[nn.Linear], self.gates):
-                gate.weight.copy_(weight[: gate.out_features])
-                gate.bias.copy_(bias[: gate.out_features])
+        linear = self.scores(self.shrinkage())
+        for gate in cast(Iterable[nn.Linear], self.gates):
+            _set(gate, linear)
 
     def scores(self, shrinkage: float) -> tuple[Tensor, Tensor]:
         """Return weight [classes, features] and bias [classes] of each class's log likelihood, up to a common term.
@@ -168,11 +166,20 @@ class Router(nn.Module):
         both = bool((labels < known).any()) and bool((labels >= known).any())
         candidates = {each: self.scores(each) for each in (SHRINKAGES if both else (self.shrinkage(),))}
         chosen = max(candidates, key=lambda each: _judge(held_out, labels, candidates[each], known) if both else 0.0)
-        gate = cast(nn.Linear, self.gates[-1])
-        with torch.no_grad():
-            gate.weight.copy_(candidates[chosen][0])
-            gate.bias.copy_(candidates[chosen][1])
+        _set(cast(nn.Linear, self.gates[-1]), candidates[chosen])
         return chosen
+
+
+def _set(gate: nn.Linear, linear: tuple[Tensor, Tensor]) -> None:
+    """Give a gate the scores of the classes that it knows, less what they have in common.
+
+    Only differences between classes count, and the common part is a hundred times larger: in float32 they would be lost
+    in it, and other kernels, as those of an export, would answer otherwise.
+    """
+    weight, bias = (each[: gate.out_features] for each in linear)
+    with torch.no_grad():
+        gate.weight.copy_(weight - weight.mean(0))
+        gate.bias.copy_(bias - bias.mean())
 
 
 def evidence(scores: Tensor, joined: Tensor, own: Tensor) -> Tensor:
