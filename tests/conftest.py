@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from PIL import Image
 
 from nss.errors import DataError
 from nss.ingest import add_batch
+
+# Whoever is started in the background of a script ignores SIGINT, and so would all that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _picture(seed: int, shape: tuple[int, ...] = (4, 4)) -> np.ndarray:
