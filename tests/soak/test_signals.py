@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 
 import psutil
 import pytest
@@ -29,15 +28,6 @@ def prefect_states(server: str, process: str) -> list[str]:
         return [run.state_name for run in client.read_flow_runs(flow_run_filter=kind)]
 
 
-@pytest.fixture
-def _interruptible() -> Iterator[None]:
-    """Have Ctrl-C mean something: whoever was started in the background ignores it, and so does what they start."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGTERM, signal.SIGTERM], [signal.SIGINT]])
 def test_a_cycle_that_is_stopped_while_it_trains_ends_killed_everywhere(
     copy, wait_for, server: str, signals: list[signal.Signals]
