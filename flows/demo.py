@@ -26,7 +26,7 @@ SETTINGS = {
     "triage.budgets.macs": 1_500_000,
     "register.promote": "auto",
     "readapt.guard": 3.0,
-    # Of some 300 held-out pictures each is a third of a point: which three are lost differs from processor to processor.
+    # Of some 300 held-out pictures each is a third of a point: which three are lost differs between processors.
     "gate.max_drop": 0.02,
     "gate.max_class_drop": 0.1,
 }
