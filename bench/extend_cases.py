@@ -42,7 +42,7 @@ class Subject(common.Subject):
     @cached_property
     def data(self) -> Dataset:
         """The whole data set. Raises SystemExit when it has fewer classes than the tasks."""
-        data = common.dataset(self.name)
+        data = super().data
         if len(data.classes) < sum(self.sizes):
             raise SystemExit(
                 f"bench: {self.name} has {len(data.classes)} classes, and tasks of {' + '.join(map(str, self.sizes))} "

@@ -80,8 +80,9 @@ SHOWN = {
     "cost": ("trained_share", "steps", *TIMES),
 }
 PROTOCOL = {
-    "samples": f"the first {NEW} validation images, changed, are trained on; of those behind them {WHOLE.held_out} "
-    f"({SMALL.held_out} outside the main case), changed, choose epoch, learning rate and guard: new_val",
+    "samples": f"the first {NEW} validation images, at most half of them, changed, are trained on; of those behind "
+    f"them {WHOLE.held_out} ({SMALL.held_out} outside the main case), changed, choose epoch, learning rate and guard: "
+    "new_val",
     DRIFT: f"nss.drift, kind and strength; {MAIN[1]!r} is the main case, on the whole grid",
     ATTACK: f"eps {EPS}, pgd {PGD_STEPS} steps of eps/4 from a random start; made on the base model and rounded to 8 "
     "bits; a gradient of the true label leaks it (arXiv 1611.01236), so that new accuracy alone can be won by reading "

@@ -9,7 +9,6 @@ not move is a fixed scale and shift: it is folded into the convolution before it
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -20,7 +19,7 @@ from nss.anatomy import Anatomy, Producer
 from nss.coupling import lookup
 from nss.errors import SiteError
 from nss.model import network_of, shape_of
-from nss.operations import CHANNEL_NORMS, CONVOLUTIONS, MAX_POOLS, module_of, norm_behind
+from nss.operations import CHANNEL_NORMS, CONVOLUTIONS, MAX_POOLS, module_calls, module_of, norm_behind
 from nss.rows import FoldedActivation, FreeConvolution, FreeLinear, FreeNorm, FreeRows, RectifiedPool
 from nss.sites import find_sites
 from nss.weight_masks import apply_masks, release_masks
@@ -144,7 +143,7 @@ def _replace(root: nn.Module, by: Mapping[int, nn.Module]) -> None:
 
 def _followed_by_norm(anatomy: Anatomy) -> dict[str, str]:
     """Return {convolution: BatchNorm} of those pairs whose only business is with each other."""
-    calls = Counter(str(node.target) for node in anatomy.graph.graph.nodes if node.op == "call_module")
+    calls = module_calls(anatomy.graph)
     pairs = {}
     for producer in anatomy.producers:
         norm = norm_behind(producer.node, anatomy.graph)
@@ -160,7 +159,7 @@ def _followed_by_norm(anatomy: Anatomy) -> dict[str, str]:
 def _followed_by_relu(anatomy: Anatomy, norms: Mapping[str, str]) -> dict[str, str]:
     """Return {convolution: ReLU} of those pairs, a norm of `norms` between them or not, with no other business."""
     graph = anatomy.graph
-    calls = Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_module")
+    calls = module_calls(graph)
     pairs = {}
     for producer in anatomy.producers:
         node = producer.node if producer.module not in norms else next(iter(producer.node.users))
@@ -175,15 +174,13 @@ def _followed_by_relu(anatomy: Anatomy, norms: Mapping[str, str]) -> dict[str, s
 
 def _followed_by_pool(anatomy: Anatomy, relus: Mapping[str, str]) -> dict[str, str]:
     """Return {ReLU: max pool} of those of `relus` whose only business is with a pool right behind them."""
-    graph = anatomy.graph
-    nodes = {str(node.target): node for node in graph.graph.nodes if node.op == "call_module"}
-    calls = Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_module")
-    pairs = {}
-    for relu in relus.values():
-        after = next(iter(nodes[relu].users))
-        is_pool = isinstance(module_of(after, graph), MAX_POOLS)
-        if is_pool and len(nodes[relu].users) == calls[str(after.target)] == 1:
-            pairs[relu] = str(after.target)
+    graph, calls, pairs = anatomy.graph, module_calls(anatomy.graph), {}
+    for node in graph.graph.nodes:
+        if str(node.target) not in relus.values() or len(node.users) != 1:
+            continue
+        after = next(iter(node.users))
+        if isinstance(module_of(after, graph), MAX_POOLS) and calls[str(after.target)] == 1:
+            pairs[str(node.target)] = str(after.target)
     return pairs
 
 

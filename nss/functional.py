@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
@@ -49,7 +48,7 @@ def with_norms_folded(graph: fx.GraphModule, kept: Collection[str] = ()) -> fx.G
     Only where nothing else reads the convolution, each of the two is called once, and the norm goes by its running
     statistics. The outputs are those of evaluation mode, but for rounding. kept: names of values that must stay.
     """
-    calls = Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_module")
+    calls = ops.module_calls(graph)
     both = {
         node: source
         for node in graph.graph.nodes

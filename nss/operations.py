@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -90,6 +91,11 @@ def name_of(node: fx.Node) -> str:
     if isinstance(node.target, str):
         return node.target
     return str(getattr(node.target, "__name__", ""))
+
+
+def module_calls(graph: fx.GraphModule) -> Counter[str]:
+    """Return how often each module is called, {name: number}."""
+    return Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_module")
 
 
 def module_of(node: fx.Node, root: nn.Module) -> nn.Module | None:

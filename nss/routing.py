@@ -209,9 +209,7 @@ def fit_mix(seen: Tensor, new: Tensor) -> Tensor:
     seen, new = seen.double(), new.to(seen.device)
     fewer = int(torch.minimum(new.sum(), (~new).sum()))
     weight = torch.where(new, fewer / int(new.sum()), fewer / int((~new).sum())).to(seen)
-    # Of the levels it counts how far they are from the middle; of the odds, what they say.
-    middle = (weight @ seen / weight.sum()) * torch.tensor([0.0, 1.0, 1.0]).to(seen)
-    scale = (weight @ (seen - middle).square() / weight.sum()).sqrt().clamp_min(1e-6)
+    middle, scale = _units(seen, weight / weight.sum())
     rows = F.pad((seen - middle) / scale, (0, 1), value=1.0)
     free = torch.zeros(len(PLAIN)).to(rows).requires_grad_()
     optimizer = torch.optim.LBFGS([free], max_iter=200, line_search_fn="strong_wolfe")
@@ -228,6 +226,12 @@ def fit_mix(seen: Tensor, new: Tensor) -> Tensor:
     found = _positive(free.detach())
     weights = found[:-1] / scale
     return torch.cat([weights, found[-1:] - (weights @ middle)[None]]).float()
+
+
+def _units(seen: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what each evidence is measured from, and by: levels from their mean, odds from zero, by their spread."""
+    middle = (weight @ seen) * torch.tensor([0.0, 1.0, 1.0]).to(seen)
+    return middle, (weight @ (seen - middle).square()).sqrt().clamp_min(1e-6)
 
 
 def _positive(free: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import sysconfig
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,31 +23,41 @@ def own_code(workspace: Workspace) -> bytes:
     """
     if not workspace.packages:
         return b""
-    parts = [each for name in sorted(workspace.packages) for each in (name.encode(), *_parts(workspace.root, name))]
+    root = workspace.root.resolve()
+    parts = [each for name in sorted(workspace.packages) for each in (name.encode(), *_parts(root, name))]
     return hashlib.blake2b(b"\0".join(parts), digest_size=16).digest()
 
 
 def _parts(root: Path, name: str) -> Iterator[bytes]:
-    files = [path for path in _files(name) if path.is_relative_to(root)]
-    if not files:
+    places = [place for place in _places(name) if _is_own(root, place)]
+    if not places:
         yield _version(name).encode()
-    for path in files:
+    for path in sorted(path for place in places for path in _files(place)):
         yield path.relative_to(root).as_posix().encode()
         # Git may end lines as the machine does.
         yield path.read_bytes().replace(b"\r\n", b"\n")
 
 
-def _files(name: str) -> Iterable[Path]:
-    """Return the files of a top-level module or package, where Python would find it."""
+def _places(name: str) -> list[Path]:
+    """Return the folders of a top-level package, or the file of a module, where Python would find it."""
     try:
         spec = importlib.util.find_spec(name)
     except ValueError:
-        return []
+        spec = None
     if spec is None:
         return []
-    if spec.submodule_search_locations is not None:
-        return sorted(path.resolve() for each in spec.submodule_search_locations for path in Path(each).rglob("*.py"))
-    return [Path(spec.origin).resolve()] if spec.has_location and spec.origin else []
+    found = spec.submodule_search_locations or ([spec.origin] if spec.has_location and spec.origin else [])
+    return [Path(each).resolve() for each in found]
+
+
+def _is_own(root: Path, place: Path) -> bool:
+    """Say whether a place lies in the workspace, but not among what is installed: its environment may lie there too."""
+    installed = [Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")]
+    return place.is_relative_to(root) and not any(place.is_relative_to(each) for each in installed)
+
+
+def _files(place: Path) -> Iterable[Path]:
+    return place.rglob("*.py") if place.is_dir() else [place]
 
 
 def _version(name: str) -> str:

@@ -42,9 +42,8 @@ def replaced(model: Classifier, mutant: torch.nn.Module) -> dict[str, torch.Tens
 def test_training_accuracy_falls_by_the_drop_and_not_much_more(data: Dataset, trained: Classifier, drop: float) -> None:
     digest = model_digest(trained)
     mutant = mutate(trained, data, drop, seed=1)
-    lost = evaluate(trained, data.split("train")).accuracy - evaluate(mutant, data.split("train")).accuracy
-    # Differences of shares are off by a rounding.
-    assert drop - 1e-9 <= lost < drop + 0.08
+    before, after = (evaluate(model, data.split("train")).accuracy for model in (trained, mutant))
+    assert before - drop - 0.08 < after <= before - drop
     assert model_digest(trained) == digest
     assert type(mutant) is Classifier
 

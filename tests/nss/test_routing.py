@@ -203,7 +203,7 @@ def test_with_many_images_odds_and_levels_count_for_what_they_are_worth() -> Non
 def test_with_few_images_the_odds_decide_as_without(count: int) -> None:
     mix = fit_mix(*overconfident(count, 2))
     seen, _ = overconfident(5000, 3)
-    assert float((is_new(seen, mix) == is_new(seen, torch.tensor(PLAIN))).double().mean()) > 0.9
+    assert float((is_new(seen, mix) == is_new(seen, torch.tensor(PLAIN))).double().mean()) > 0.98
 
 
 def test_odds_are_never_turned_round() -> None:

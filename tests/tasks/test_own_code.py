@@ -63,5 +63,20 @@ def test_what_is_installed_is_known_by_its_version(tmp_path: Path, monkeypatch: 
     assert own_code(workspace) != before
 
 
+def test_what_is_installed_in_an_environment_within_the_workspace_is_installed(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.sysconfig, "get_path", lambda kind: str(workspace.root))
+    before = own_code(workspace)
+    (workspace.root / "own_net.py").write_text("WIDTH = 4\n")
+    assert own_code(workspace) == before
+
+
+def test_a_workspace_that_is_reached_by_a_link_is_the_same(workspace: Workspace, tmp_path_factory) -> None:
+    link = tmp_path_factory.mktemp("links") / "link"
+    link.symlink_to(workspace.root)
+    assert own_code(Workspace(link, workspace.packages)) == own_code(workspace)
+
+
 def test_a_package_that_is_not_there_is_told_by_the_stage_that_needs_it(tmp_path: Path) -> None:
     assert own_code(Workspace(tmp_path, ("no_such_nets",))) != own_code(Workspace(tmp_path, ("no_other_nets",)))
