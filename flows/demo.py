@@ -26,8 +26,9 @@ SETTINGS = {
     "triage.budgets.macs": 1_500_000,
     "register.promote": "auto",
     "readapt.guard": 3.0,
-    # Every fifth old picture, which tells old from new better: the gate forgives no more than one picture in a hundred.
+    # The gate forgives one picture in a hundred, and the old ones are at hand: every fifth is trained on again.
     "extend.replay": 0.2,
+    "readapt.replay": 0.2,
 }
 
 
