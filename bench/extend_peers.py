@@ -77,7 +77,7 @@ def learn(
     started = time.perf_counter()
     network = grown(model, names, budget.seed)
     if method == JOINT:
-        fresh = factory_network(network.spec, len(network.spec.classes), budget.seed)
+        fresh = factory_network(network.spec, len(network.spec.classes), budget.seed, None)
         network = cast(Classifier, with_network(network, fresh))
     layers = trained_layers(model, old.images) if method == DEEPARC else None
     memory = {**REPLAY, JOINT: 1.0}.get(method, 0.0)

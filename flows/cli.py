@@ -151,16 +151,17 @@ def data_status(as_json: Json = False) -> None:
 
 
 @app.command(
-    epilog="Examples:  nss export model.onnx   |   nss export artifacts/restructure/model small.pt2   |   "
-    "nss export model.onnx --json | jq .latency"
+    epilog="Examples:  nss export model.onnx   |   nss export models:/digits@champion model.onnx   |   "
+    "nss export artifacts/restructure/model small.pt2   |   nss export model.onnx --json | jq .latency"
 )
 def export(
     paths: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
-            metavar="[MODEL_FOLDER] OUT",
+            metavar="[MODEL] OUT",
             show_default=False,
-            help="The model (default: artifacts/base/model), and the file: .onnx, or .pt2 for a program.",
+            help="The model: a folder, models:/NAME@ALIAS or models:/NAME/VERSION (default: the champion, or the base "
+            "model where none is pinned); and the file: .onnx, or .pt2 for a program.",
         ),
     ],
     kind: Annotated[
@@ -174,10 +175,11 @@ def export(
 ) -> None:
     """Write a model for serving: uint8 images in, any batch size. Checked on held-out images, and timed."""
     if len(paths) > 2:
-        raise typer.BadParameter("one model folder and one file, please", param_hint="MODEL_FOLDER OUT")
+        raise typer.BadParameter("one model and one file, please", param_hint="MODEL OUT")
     from flows import export as exporting
 
-    done = exporting.export(paths[0] if len(paths) == 2 else None, paths[-1], kind and kind.value, data)
+    model = paths[0] if len(paths) == 2 else None
+    done = exporting.export(model, Path(paths[-1]), kind and kind.value, data)
     _print_json(done.to_dict()) if as_json else _print(exporting.text(done))
 
 

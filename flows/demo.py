@@ -26,7 +26,9 @@ SETTINGS = {
     "triage.budgets.macs": 1_500_000,
     "register.promote": "auto",
     "readapt.guard": 3.0,
-    # The gate forgives one picture in a hundred, and the old ones are at hand: every fifth is trained on again.
+    # The gate forgives one picture in a hundred, and there are few: what tells the old classes stays as it is, and
+    # every fifth of the old pictures, which are at hand, is trained on again.
+    "extend.share": 1.0,
     "extend.replay": 0.2,
     "readapt.replay": 0.2,
 }

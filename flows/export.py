@@ -1,8 +1,9 @@
-"""`nss export`: a model folder as a file for serving, checked on held-out images and timed beside the model."""
+"""`nss export`: a model as a file for serving, checked on held-out images and timed beside the model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 
 from nss.data import iter_batches, load_data
-from nss.errors import ExportError, NssError
+from nss.errors import ExportError, NssError, StageError
 from nss.export import ONNX, PROGRAM, export_onnx, export_program, load_export
 from nss.latency import Latency, random_pixels, time_calls
-from nss.model import load_model
+from nss.model import Classifier, load_model
 from nss.size import count_macs, count_parameters
+from tasks.champion import load_champion, read_champion
 from tasks.params import load_params
 from tasks.workspace import Workspace, find_workspace, with_packages
 
@@ -25,6 +27,7 @@ LIMIT = 256
 REPEATS = 50
 _SUFFIX = {"onnx": ONNX, "program": PROGRAM}
 _EXPORT = {"onnx": export_onnx, "program": export_program}
+_REGISTERED = "models:/"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Exported:
     path: Path
     kind: str
     """onnx or program"""
+    model: str
+    """what was exported: `champion: digits version 3`, `registry: digits version 2`, `base` or the folder"""
     bytes: int
     checked: int
     """images it was checked on; 0 when there are none"""
@@ -50,6 +55,7 @@ class Exported:
         return {
             "path": str(self.path),
             "format": self.kind,
+            "model": self.model,
             "bytes": self.bytes,
             "checked": self.checked,
             "difference": {str(size): value for size, value in self.difference.items()},
@@ -59,24 +65,24 @@ class Exported:
         }
 
 
-def export(model: Path | None, out: Path, kind: str | None, data: Path | None) -> Exported:
-    """Export the model folder (default: the base model of the workspace) to `out`; nothing is written if it is wrong.
+def export(model: str | None, out: Path, kind: str | None, data: Path | None) -> Exported:
+    """Export a model to `out`; nothing is written if it is wrong.
 
-    kind: onnx or program (default: by the name of `out`). data: a data folder whose held-out images it is checked on
-    (default: the workspace's, if there is one). Raises NssError outside of a workspace when there is no `model`.
+    model: a model folder, models:/NAME@ALIAS or models:/NAME/VERSION; by default the pinned champion, or the base model
+    where nothing is pinned. kind: onnx or program (default: by the name of `out`). data: a data folder whose held-out
+    images it is checked on (default: the workspace's, if there is one). Raises NssError outside of a workspace unless
+    `model` is a folder.
     """
     kind = kind or _kind_of(out)
-    workspace = _workspace(required=model is None)
-    folder = model or find_workspace().out("base") / "model"
-    if workspace:
-        workspace = with_packages(workspace, load_params(workspace.params).base.packages)
-    network = load_model(folder, workspace.packages if workspace else ())
+    workspace = _workspace()
+    label, network = _load(workspace, model)
     images = _held_out(workspace, data)
     difference = _EXPORT[kind](network, out, images)
-    calls = {"torch": network, "export": load_export(out)}
+    calls: dict[str, Callable[[Tensor], object]] = {"torch": network, "export": load_export(out)}
     return Exported(
         path=out,
         kind=kind,
+        model=label,
         bytes=out.stat().st_size,
         checked=0 if images is None else len(images),
         difference=difference,
@@ -91,6 +97,7 @@ def text(done: Exported) -> str:
     first = next(iter(done.latency.values()))
     lines = [
         f"exported  {done.path} ({done.kind}, {done.bytes:,} bytes)",
+        f"model     {done.model}",
         f"checked   {_checked(done)}",
         f"size      {done.macs:,} multiply-adds for an image, {done.parameters:,} parameters",
         f"latency   in milliseconds on {first.device}, PyTorch's threads: {first.threads}; median (95th percentile)",
@@ -118,20 +125,54 @@ def _kind_of(out: Path) -> str:
     )
 
 
-def _workspace(*, required: bool) -> Workspace | None:
+def _workspace() -> Workspace | None:
     try:
-        return find_workspace()
+        found = find_workspace()
     except NssError:
-        if required:
-            raise
         return None
+    return with_packages(found, load_params(found.params).base.packages)
+
+
+def _load(workspace: Workspace | None, model: str | None) -> tuple[str, Classifier]:
+    """Return the model and how texts name it."""
+    if model is None:
+        return _maintained(workspace or find_workspace())
+    if model.startswith(_REGISTERED):
+        return _registered(model)
+    return model, load_model(model, workspace.packages if workspace else ())
+
+
+def _maintained(workspace: Workspace) -> tuple[str, Classifier]:
+    # Not what `base` has copied: that is the champion before until the next run.
+    champion = read_champion(workspace)
+    if champion is None:
+        return "base", load_model(workspace.out("base") / "model", workspace.packages)
+    return f"champion: {champion.name} version {champion.version}", load_champion(workspace, champion)
+
+
+def _registered(reference: str) -> tuple[str, Classifier]:
+    # MLflow, which nobody needs who exports a folder.
+    from flows.models import session
+    from tasks.lineage import find_version
+    from tasks.registry import fetch
+
+    with session() as now, tempfile.TemporaryDirectory(prefix="nss-") as folder:
+        version = find_version(now.registry, reference.removeprefix(_REGISTERED))
+        if not version.model:
+            raise StageError(
+                f"{version.label} was not registered by nss", where=now.tracker.uri, fix=f"nss adopt {reference}"
+            )
+        found = fetch(now.tracker, version.source, version.model, Path(folder), now.workspace.packages)
+        return f"registry: {version.label}", load_model(found, now.workspace.packages)
 
 
 def _held_out(workspace: Workspace | None, data: Path | None) -> Tensor | None:
     """Images that no training has seen: of the test split first, then of the validation split."""
-    if data is None and (workspace is None or not (workspace.data / "dataset.json").exists()):
-        return None
-    whole = load_data(data or workspace.data)
+    if data is None:
+        if workspace is None or not (workspace.data / "dataset.json").exists():
+            return None
+        data = workspace.data
+    whole = load_data(data)
     firsts = (islice(iter_batches(whole.split(name), LIMIT), 1) for name in ("test", "val"))
     pieces = [images for first in firsts for images, _ in first]
     return torch.cat(pieces)[:LIMIT] if pieces else None

@@ -10,7 +10,6 @@ and channel shuffles need no case of their own.
 from __future__ import annotations
 
 import operator
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -22,14 +21,14 @@ from nss import operations as ops
 from nss.coupling import Classes
 from nss.errors import SiteError
 from nss.mask import ChannelMask
+from nss.tracing import trace
 
 NONE = -1
 # No channel and no partner needed: one value spread over all channels of another tensor.
 SPREAD = -2
 TIED = "it is tied to channels that are no neurons"
 GROUP_NORM = "a GroupNorm averages over it and its neighbours"
-# torch.fx replaces methods of nn.Module while it traces, and puts back what it found.
-_ONE_AT_A_TIME = threading.RLock()
+GROUPED = "a grouped convolution reads it beside channels that are no neurons"
 
 
 @dataclass(frozen=True)
@@ -67,56 +66,13 @@ class Anatomy:
     removal: list[tuple[int, int]] = field(default_factory=list)
     """further ties that hold for removal only: channels of a grouped convolution leave every group alike"""
     fixed: dict[int, str] = field(default_factory=dict)
+    tied: set[int] = field(default_factory=set)
+    """those of the fixed ones that are tied to what is no neuron, whatever else fixes them"""
     mixed: dict[int, str] = field(default_factory=dict)
     producers: list[Producer] = field(default_factory=list)
     scalers: list[Scaler] = field(default_factory=list)
     restless: list[tuple[fx.Node, torch.Tensor, int]] = field(default_factory=list)
     """(node, ids along the channel axis, that axis) after which a masked channel is not zero any more"""
-
-
-class _Tracer(fx.Tracer):
-    """Symbolic tracing that keeps torch's modules whole, wherever they come from.
-
-    While it traces, torch.fx hands it every call of every module of the process: those of other threads go their way.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._thread = threading.get_ident()
-
-    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record a call of this thread, run one of another."""
-        if threading.get_ident() != self._thread:
-            return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Record an access of this thread, leave one of another alone."""
-        if threading.get_ident() != self._thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, fx.GraphModule):
-            return False
-        return isinstance(m, ChannelMask) or super().is_leaf_module(m, module_qualified_name)
-
-
-def trace(network: nn.Module) -> fx.GraphModule:
-    """Return the network as a graph that shares its parameters and modules.
-
-    Raises SiteError when the forward depends on the data (an `if` on a tensor, a loop over its length).
-    """
-    try:
-        with _ONE_AT_A_TIME:
-            graph = _Tracer().trace(network)
-    except Exception as problem:  # torch.fx raises whatever the user's forward raises on a proxy
-        raise SiteError(
-            f"the forward of {type(network).__name__} cannot be traced: {problem}",
-            allowed="a forward whose operations do not depend on the values in the tensors",
-            fix="replace `if`/`for` on tensors by torch.where or fixed loops, or put torch.fx.wrap around that part",
-        ) from problem
-    return fx.GraphModule(network, graph)
 
 
 def dissect(network: nn.Module, input_shape: tuple[int, ...]) -> Anatomy:
@@ -180,15 +136,15 @@ class _Walker(fx.Interpreter):
             self._mark(self.anatomy.fixed, [first], "it is masked already")
         if ops.is_norm(node, root):
             return self._norm(node, first, module)
-        if ops.is_activation(node, root) or ops.is_passing(node, root):
+        if isinstance(result, torch.Tensor) and (ops.is_activation(node, root) or ops.is_passing(node, root)):
             return self._follow(node, first, result)
         if isinstance(module, nn.Flatten):
             return module(first)
-        if module is None and name in ops.BINARY_NAMES:
+        if name in ops.BINARY_NAMES and not self._divides(node):
             return self._combine(node, result)
-        if module is None and name in ops.REDUCTION_NAMES:
+        if name in ops.REDUCTION_NAMES:
             return self._reduce(node, first)
-        if module is None and name in ops.FREE_MOVES | ops.RIGID_MOVES:
+        if name in ops.FREE_MOVES | ops.RIGID_MOVES:
             return self._move(node, result)
         return self._opaque(node, result)
 
@@ -222,7 +178,10 @@ class _Walker(fx.Interpreter):
             return
         for ids in (in_ids, out_ids):
             rows = ids.view(groups, -1)
-            tracked = rows[:, (rows >= 0).all(0)]
+            whole = (rows >= 0).all(0)
+            # Of each column, all groups lose their channel or none does.
+            self._mark(self.anatomy.fixed, [rows[:, ~whole]], GROUPED)
+            tracked = rows[:, whole]
             self.anatomy.removal += [
                 pair for row in tracked[1:] for pair in zip(tracked[0].tolist(), row.tolist(), strict=True)
             ]
@@ -279,6 +238,11 @@ class _Walker(fx.Interpreter):
         left, right = torch.broadcast_tensors(left, right)
         self._tie_tensors(left, right)
         return torch.where(left >= 0, left, right)
+
+    def _divides(self, node: fx.Node) -> bool:
+        """Say whether the node divides by channels: none of them can be set to zero."""
+        divisor = self.ids.get(node.args[1]) if isinstance(node.args[1], fx.Node) else None
+        return ops.name_of(node) in ops.DIVISIONS and divisor is not None and bool((_squeezed(divisor) >= 0).any())
 
     def _spread(self, ids: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """One value against many channels has no partner among them; it cannot be removed either."""
@@ -347,7 +311,9 @@ class _Walker(fx.Interpreter):
         both = (left >= 0) & (right >= 0) & (left != right)
         self.anatomy.classes.tie(zip(left[both].tolist(), right[both].tolist(), strict=True))
         for lone, partner in ((left, right), (right, left)):
-            self._mark(self.anatomy.fixed, [lone[(lone >= 0) & (partner == NONE)]], TIED)
+            members = lone[(lone >= 0) & (partner == NONE)]
+            self._mark(self.anatomy.fixed, [members], TIED)
+            self.anatomy.tied.update(members.tolist())
 
     def _tie_tensors(self, left: torch.Tensor, right: torch.Tensor) -> None:
         for axis in range(left.dim()):

@@ -9,16 +9,18 @@ from typing import cast
 
 from torch import Tensor
 
-from nss.data import Data
+from nss.data import Data, train_part
 from nss.errors import RestructureError
 from nss.merge import Reading, fold, readings
 from nss.model import Classifier, evaluating
+from nss.narrow import narrow
 from nss.plan import RestructurePlan
 from nss.profile import Profile
 from nss.refit import refit
 from nss.remove import remove
 from nss.sites import Sites, find_sites
 from nss.steps import first_of_each, training_images
+from nss.told import route_anew
 from nss.units import find_units
 from nss.weight_masks import refuse_masks
 
@@ -29,8 +31,8 @@ def apply_plan(
     """Return the smaller model that `plan` says: merged, cut, and refitted to the original's outputs.
 
     data: what to refit on, `images` of it, as many of each category; no gradient step is taken. Ready to train on,
-    with a fresh optimizer. Raises RestructureError for a plan of another model, and layers or neurons that do not
-    exist.
+    with a fresh optimizer. Of an extended model the columns become smaller, and its router learns anew from the data.
+    Raises RestructureError for a plan of another model, and layers or neurons that do not exist.
 
     >>> smaller = nss.apply_plan(model, plan, data, profile)
     """
@@ -42,6 +44,9 @@ def apply_plan(
     sample, labels = training_images(data)
     sample, _ = first_of_each(sample, labels, max(1, images // len(model.spec.classes)))
     smaller = refitted(model, sites, list(readings(model.network, sites, profiled)), stay, sample, seed)
+    if model.spec.tasks:
+        narrow(smaller)
+        route_anew(smaller, [train_part(data)])
     smaller.spec = replace(smaller.spec, parent=plan.model)
     return smaller
 

@@ -65,7 +65,7 @@ def rescaling(graph: fx.GraphModule, way: Way) -> fx.GraphModule:
             name = f"rescaled_{node.name}"
             root._modules[name] = step
             with twin.inserting_after(places[node]):
-                replaced = twin.call_module(name, tuple(places[arg] for arg in _operands(node)))
+                replaced = twin.call_module(name, tuple(places[arg] for arg in node.all_input_nodes))
             twin.erase_node(places[node])
             places[node] = replaced
     return fx.GraphModule(root, twin)
@@ -96,32 +96,43 @@ def in_parts(x: Tensor, *references: Tensor) -> Iterator[tuple[slice, tuple[Tens
         yield part, tuple(each if len(each) == 1 else each[part] for each in fitting)
 
 
-def _operands(node: fx.Node) -> list[fx.Node]:
-    return [arg for arg in node.args if isinstance(arg, fx.Node)] or list(node.all_input_nodes[:1])
-
-
 def _step(node: fx.Node, graph: fx.GraphModule, way: Way) -> nn.Module | None:
-    if node.op not in ("call_module", "call_function", "call_method"):
-        return None
     if ops.is_activation(node, graph):
-        return _Step(_Elementwise, ops.bound(node, graph), way, node.name)
+        return _Alone(_Elementwise, ops.bound(node, graph), way, node.name)
     if ops.is_max_pool(node, graph):
-        return _Step(_MaxPool, ops.bound(node, graph, return_indices=True), way, node.name)
+        return _Alone(_MaxPool, ops.bound(node, graph, return_indices=True), way, node.name)
     both = [arg for arg in node.args if isinstance(arg, fx.Node)]
     if ops.name_of(node) == "mul" and len(both) == 2 and all(arg.op != "get_attr" for arg in both):
-        return _Step(_Product, way, node.name)
+        return _Both(way, node.name)
     return None
 
 
-class _Step(nn.Module):
-    """Calls a differentiable function of one or two activations with its settings."""
+class _Alone(nn.Module):
+    """Calls a differentiable function of one activation, which may be told sizes and limits besides."""
 
-    def __init__(self, function: type[torch.autograd.Function], *settings: object) -> None:
+    def __init__(self, function: type[torch.autograd.Function], inner: Callable[..., Any], way: Way, name: str) -> None:
         super().__init__()
-        self._function, self._settings = function, settings
+        self._function, self._inner, self._way, self._name = function, inner, way, name
 
-    def forward(self, *activations: Tensor) -> Tensor:
-        result: Tensor = self._function.apply(*activations, *self._settings)
+    def forward(self, x: Tensor, *told: Any) -> Tensor:
+        result: Tensor
+        if any(isinstance(each, Tensor) for each in told):
+            result = self._inner(x, *told)  # mixes values: by its derivative
+        else:
+            inner = (lambda value: self._inner(value, *told)) if told else self._inner
+            result = self._function.apply(x, inner, self._way, self._name)
+        return result
+
+
+class _Both(nn.Module):
+    """Multiplies two activations, or one by itself."""
+
+    def __init__(self, way: Way, name: str) -> None:
+        super().__init__()
+        self._way, self._name = way, name
+
+    def forward(self, *factors: Tensor) -> Tensor:
+        result: Tensor = _Product.apply(factors[0], factors[-1], self._way, self._name)
         return result
 
 

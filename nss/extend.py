@@ -238,7 +238,7 @@ def _open(model: Classifier, new: Samples, held_out: Samples, old: Samples) -> f
     """
     router = cast(Columns, model.network).router
     rows = [row for each in (held_out, old) if len(each) for row in features_of(model, (each.images, each.labels))]
-    features = torch.cat([torch.zeros(0, router.features), *(seen for seen, _ in rows)])
+    features = torch.cat([torch.zeros(0, router.features), *(seen.cpu() for seen, _ in rows)])
     shrinkage = router.open_gate(features, torch.cat([held_out.labels, old.labels]))
     if len(old):
         against = held_out if len(held_out) else new

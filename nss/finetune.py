@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from nss.data import Data
 from nss.errors import ModelError
-from nss.model import device_of, evaluating
+from nss.model import Classifier, device_of, evaluating
 from nss.steps import sgd, step, training_images
+from nss.told import check_classes, route_anew, tasks_apart
 
 
 def fine_tune(
@@ -27,9 +29,11 @@ def fine_tune(
     """Train `model` in place for so many steps by SGD with Nesterov momentum 0.9 under a one-cycle schedule.
 
     data: of a Dataset the train split is used, of anything else everything. teacher: a model whose probabilities are
-    half of what is learned from (distillation, Hinton et al. 2015); default none. Always ends in evaluation mode. The
-    same model, data, seed and machine give the same weights.
-    Raises ModelError when there are no images, settings are out of range, or the loss is not finite any more.
+    half of what is learned from (distillation, Hinton et al. 2015); default none. Always ends in evaluation mode. A
+    model that was extended is trained told the task, since a loss that leads through its router ruins it, and the
+    router learns anew from the images. The same model, data, seed and machine give the same weights.
+    Raises ModelError when there are no images (of an extended model: of some class), settings are out of range, or the
+    loss is not finite any more.
 
     >>> nss.fine_tune(smaller, nss.load_data("data"), steps=300, seed=0, teacher=model)
     """
@@ -37,16 +41,21 @@ def fine_tune(
         raise ModelError(f"batch_size {batch_size}", allowed="from 1")
     images, labels = training_images(data)
     optimizer, schedule = sgd(model.parameters(), steps, learning_rate, weight_decay)
-    device = device_of(model)
+    device, tasks = device_of(model), tasks_apart(model)
+    if tasks is not None:
+        check_classes(cast(Classifier, model), labels)
     model.train()
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # dropout
             for rows in batches(len(images), steps, batch_size, torch.Generator().manual_seed(seed)):
                 batch, target = images[rows].to(device), labels[rows].to(device)
-                step(model, batch, target, optimizer, schedule, None if teacher is None else _answers(teacher, batch))
+                soft = None if teacher is None else _answers(teacher, batch)
+                step(model, batch, target, optimizer, schedule, soft, tasks)
     finally:
         model.eval()
+    if tasks is not None:
+        route_anew(cast(Classifier, model), [(images, labels)])
 
 
 def batches(count: int, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

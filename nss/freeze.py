@@ -22,7 +22,7 @@ from nss.model import network_of, shape_of
 from nss.operations import CHANNEL_NORMS, CONVOLUTIONS, MAX_POOLS, module_calls, module_of, norm_behind
 from nss.rows import FoldedActivation, FreeConvolution, FreeLinear, FreeNorm, FreeRows, RectifiedPool
 from nss.sites import find_sites
-from nss.weight_masks import apply_masks, release_masks
+from nss.weight_masks import apply_masks, refuse_unowned, release_masks
 
 
 def freeze(model: nn.Module, free: Mapping[str, Tensor], input_shape: Sequence[int] | None = None) -> nn.Module:
@@ -34,12 +34,14 @@ def freeze(model: nn.Module, free: Mapping[str, Tensor], input_shape: Sequence[i
     the copy with any optimizer over its `parameters()`, then `thaw` it. input_shape: needed for models not made by
     `build_model`.
     Source: NeuSemSlice, arXiv 2407.20281, section 3 (critical neurons tuned, the rest frozen).
-    Raises SiteError for unknown layers and masks of a wrong length or type.
+    Raises SiteError for unknown layers, masks of a wrong length or type, and weights that are computed from others or
+    shared by layers.
 
     >>> frozen = freeze(model, {"conv1": torch.arange(16) < 4})
     >>> [tuple(parameter.shape) for parameter in frozen.parameters()]
     [(4, 1, 5, 5), (4,)]
     """
+    refuse_unowned(network_of(model), "freezing", SiteError)
     twin = copy.deepcopy(model)
     network = network_of(twin)
     masks = release_masks(network)

@@ -10,13 +10,14 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from threadpoolctl import ThreadpoolController
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from nss.anatomy import Producer
 from nss.deeplift import Way, in_parts, refer, rescaling
 from nss.errors import ProfileError
 from nss.functional import with_norms_folded, without_inplace
 from nss.operations import is_depthwise
+from nss.precision import in_double
 from nss.sites import Site, Sites
 from nss.surgery import Layer
 from nss.taps import Tap, with_modules
@@ -227,7 +228,7 @@ def _channel_table(x: Tensor, reader: Reader) -> Tensor:
     """Channels that enter a reader, over samples and positions. Returns float64 [positions, channels]."""
     if reader.dim == 1:
         x = (x if x.dim() > 2 else x.unflatten(1, (len(reader.ids), -1))).movedim(1, -1)
-    return x.flatten(0, -2).double()
+    return in_double(x.flatten(0, -2))
 
 
 def _second_moment(table: Tensor) -> Tensor:
@@ -258,22 +259,23 @@ def readers(sites: Sites) -> Iterator[Reader]:
         ids = producer.in_ids
         mixes = not is_depthwise(sites.anatomy.graph.get_submodule(producer.module))
         if mixes and bool((ids >= 0).any()) and bool(own[ids.clamp_min(0)].any()):
-            yield _reader(producer)
+            yield _reader(producer, sites)
 
 
 def _windows(sites: Sites) -> Iterator[Window]:
     """Yield every layer with weights, the node that feeds it, and how many channels are taken together."""
     for producer in sites.anatomy.producers:
         layer = cast(Layer, sites.anatomy.graph.get_submodule(producer.module))
-        reader = _reader(producer)
+        reader = _reader(producer, sites)
         yield Window(producer.name, reader.node, layer, together(layer, len(reader.ids)))
 
 
-def _reader(producer: Producer) -> Reader:
+def _reader(producer: Producer, sites: Sites) -> Reader:
     """A linear layer behind a flattened map reads each channel at several positions: one channel all the same."""
     ids = producer.in_ids
     source = producer.node.all_input_nodes[0]
-    repeats = int((ids == ids[0]).sum()) if producer.dim == 1 else 1
+    linear = isinstance(sites.anatomy.graph.get_submodule(producer.module), nn.Linear)
+    repeats = int((ids == ids[0]).sum()) if linear and producer.dim == 1 else 1
     # Behind maps of several sizes each input counts for itself.
     if repeats > 1 and len(ids) % repeats == 0:
         rows = ids.view(-1, repeats)

@@ -94,11 +94,12 @@ def condense(
         images, _ = first_of_each(samples.images, samples.labels, max(1, REFITTED_ON // len(found)))
         smaller = _condensed(model, profile, images, share, seed)
     views, features = choose_views(smaller.network, model.spec.input_shape)
-    network = Columns([smaller.network], model.spec.input_shape, Router(views, features, [len(found)]))
+    router = Router(views, features, [len(found)]).to(device_of(model))
+    network = Columns([smaller.network], model.spec.input_shape, router)
     changes = {"kept": {}, "views": views, "features": features, "parent": model_digest(model)}
     task = Task(len(found), smaller.spec.kept)
     ready = cast(Classifier, with_network(model, network, tasks=(task,), **changes)).eval()
-    network.router.learn(features_of(ready, (samples.images, samples.labels)))
+    router.learn(features_of(ready, (samples.images, samples.labels)))
     return ready
 
 
@@ -151,7 +152,7 @@ def add_column(model: Classifier, names: Sequence[str], width: float, seed: int)
     width: share of the factory's neurons that each layer of the column has. The last gate is still to be opened.
     """
     spec = model.spec
-    column = factory_network(spec, len(names), seed)
+    column = factory_network(spec, len(names), seed, None)
     sites = find_sites(column, spec.input_shape)
     units = find_units(sites)
     spread = [group.units[_spread(len(group.units), width)] for group in units.groups]
@@ -187,7 +188,7 @@ def capacity(model: Classifier) -> dict[str, Capacity]:
     >>> capacity(nss.extend(model, slices, new, old_data=old).model)["hidden"].free
     0
     """
-    sites = find_sites(factory_network(model.spec, 2, 0), model.spec.input_shape)
+    sites = find_sites(factory_network(model.spec, 2, 0, None), model.spec.input_shape)
     return {
         site.name: Capacity(
             len(site), tuple(len(task.kept.get(site.module, range(len(site)))) for task in model.spec.tasks)

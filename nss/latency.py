@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from nss.errors import ModelError
 from nss.model import Classifier, device_of, evaluating, shape_of
 
+LATENCY_BATCH = 64
+"""images in a batch of which a budget in milliseconds speaks"""
 TURN = 5
 """calls in a row of one model with one batch: most of them find their weights in the caches, as in steady use"""
 
@@ -60,6 +62,11 @@ def measure_latency(
     images = pixels if isinstance(model, Classifier) else pixels / 255
     with evaluating(model):
         return time_calls({"model": model}, images, batch_sizes, repeats=repeats, warmup=warmup)["model"]
+
+
+def measured_latency(model: nn.Module) -> float:
+    """Return the median milliseconds for a batch of LATENCY_BATCH images: what budgets are compared with."""
+    return measure_latency(model, batch_sizes=(LATENCY_BATCH,)).median_ms[LATENCY_BATCH]
 
 
 def time_calls(

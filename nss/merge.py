@@ -54,12 +54,12 @@ def readings(network: nn.Module, sites: Sites, profile: Profile) -> Iterator[Rea
 
 
 def spread_weight(layer: Layer, channels: int) -> Tensor:
-    """Return a layer's weights over all of its input channels, float64 [outputs, channels, positions].
+    """Return a layer's weights over all of its input channels, float64 [outputs, channels, positions] on the CPU.
 
     A grouped convolution reads zero of other groups' channels; a linear layer behind a flattened map reads each
     channel at several positions.
     """
-    weight = layer.weight.detach().double()
+    weight = layer.weight.detach().cpu().double()
     groups = int(getattr(layer, "groups", 1))
     if isinstance(layer, nn.Linear):
         return weight.reshape(len(weight), channels, -1)
@@ -73,13 +73,16 @@ def spread_weight(layer: Layer, channels: int) -> Tensor:
 
 
 def output_scale(producer: Producer, graph: fx.GraphModule) -> Tensor:
-    """Return what the norm behind a layer multiplies each of its outputs by, float64 [outputs]; ones without a norm."""
+    """Return what the norm behind a layer multiplies each of its outputs by; ones without a norm.
+
+    Returns float64 [outputs] on the CPU.
+    """
     norm = ops.norm_behind(producer.node, graph)
     if norm is None or norm.running_var is None:
         outputs = len(cast(Layer, graph.get_submodule(producer.module)).weight)
         return torch.ones(outputs, dtype=torch.float64)
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    return scale * norm.weight.detach().double() if norm.affine else scale
+    scale = (norm.running_var.cpu().double() + norm.eps).rsqrt()
+    return scale * norm.weight.detach().cpu().double() if norm.affine else scale
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from torch import nn
 from nss.errors import ModelError, first_line
 from nss.files import file_digest, replacing, write_json
 from nss.mask import ChannelMask
-from nss.model_spec import FORMAT, read_spec
+from nss.model_spec import FORMAT, new_spec, read_spec
 from nss.model_spec import ModelSpec as ModelSpec
 from nss.model_spec import Task as Task
+from nss.normalise import Normalise
 from nss.operations import LAYERS
 from nss.routing import Router
 from nss.rows import FreeRows
@@ -37,24 +38,6 @@ from nss.wiring import Columns, read_earlier
 TRUSTED = ("nss.zoo", "torchvision.models")
 
 
-class Normalise(nn.Module):
-    """Pixels to normalised floats. Takes uint8 0..255 or floats 0..1, [n, c, h, w]."""
-
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """images: [n, c, h, w]. Returns floats of the same shape."""
-        if images.dtype == torch.uint8:
-            images = images.to(self.mean.dtype) / 255
-        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-
-
 class Classifier(nn.Module):
     """A network with its normalisation inside. Layer names are those of `network`, the user's own module.
 
@@ -63,18 +46,36 @@ class Classifier(nn.Module):
     torch.Size([1, 2])
     """
 
-    def __init__(self, network: nn.Module, spec: ModelSpec) -> None:
+    def __init__(self, network: nn.Module, spec: ModelSpec, layout: torch.memory_format | None = None) -> None:
         super().__init__()
         self.spec = spec
-        self.normalise = Normalise(spec.mean, spec.std)
-        # Convolutions on CPUs are faster with channels last; the layout also decides the last bits of every sum, so
-        # a model has the same one whether it was built, cut or loaded.
-        self.network = network.to(memory_format=torch.channels_last)
+        # The layout decides the last bits of every sum: a model has the same one whether it was built, cut or loaded.
+        layout = layout or _layout_of(network, spec.input_shape)
+        self.normalise = Normalise(spec.mean, spec.std, spec.input_shape, layout)
+        self.network = network.to(memory_format=layout)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """images: uint8 0..255 or floats 0..1, [n, c, h, w]. Returns logits [n, classes]."""
+        """images: uint8 0..255 or floats 0..1, [n, c, h, w]. Returns logits [n, classes].
+
+        Raises DataError for images of another shape, or other pixels.
+        """
         logits: torch.Tensor = self.network(self.normalise(images))
         return logits
+
+
+def _layout_of(network: nn.Module, input_shape: Sequence[int]) -> torch.memory_format:
+    """Return channels last, in which convolutions on CPUs are faster, unless the network views maps as vectors."""
+    like = next(network.parameters(), torch.zeros(()))
+    image = torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device)
+    network.to(memory_format=torch.channels_last)
+    try:
+        with evaluating(network), torch.no_grad():
+            network(image.contiguous(memory_format=torch.channels_last))
+    except Exception as problem:
+        # What else is wrong with it is said where it is used, with the images at hand.
+        if "view size is not compatible" in str(problem):
+            return torch.contiguous_format
+    return torch.channels_last
 
 
 def build_model(
@@ -93,27 +94,15 @@ def build_model(
     factory: "package.module:callable", called with num_classes and, where its signature has it, input_shape.
     input_shape: (channels, height, width). mean, std: of each channel on 0..1 (default 0.5 and 0.5).
     allow: packages whose factories may be imported beside nss.zoo and torchvision.models.
-    Raises ModelError for a factory that is not allowed, does not exist, or does not take its arguments.
+    arguments: of the factory, of types that JSON has, since model.json keeps them.
+    Raises ModelError for a factory that is not allowed, does not exist, or does not take its arguments, and for what
+    model.json could not keep.
 
     >>> model = build_model("nss.zoo:resnet20", classes=["cat", "dog"], input_shape=(3, 32, 32), seed=0)
     >>> model.spec.classes
     ('cat', 'dog')
     """
-    channels, height, width = (int(size) for size in input_shape)
-    if len(classes) < 2 or len(set(classes)) != len(classes):
-        raise ModelError(f"the classes are {list(classes)}", allowed="at least two different names")
-    if any(given and len(given) != channels for given in (mean, std)) or (std and min(std) <= 0):
-        raise ModelError(
-            f"mean {list(mean or [])} and std {list(std or [])}", allowed=f"{channels} numbers each, std above 0"
-        )
-    spec = ModelSpec(
-        factory=factory,
-        classes=tuple(classes),
-        input_shape=(channels, height, width),
-        mean=tuple(mean or [0.5] * channels),
-        std=tuple(std or [0.5] * channels),
-        arguments=dict(arguments or {}),
-    )
+    spec = new_spec(factory, classes, input_shape, mean, std, arguments)
     return Classifier(_build_network(spec, seed, allow), spec)
 
 
@@ -135,9 +124,12 @@ def _build_network(spec: ModelSpec, seed: int, allow: Sequence[str]) -> nn.Modul
     return Columns(columns, spec.input_shape, router)
 
 
-def factory_network(spec: ModelSpec, classes: int, seed: int, allow: Sequence[str] = ()) -> nn.Module:
-    """Return what the factory of `spec` makes for so many classes. Raises ModelError when it fails."""
-    call = find_factory(spec.factory, allow)
+def factory_network(spec: ModelSpec, classes: int, seed: int, allow: Sequence[str] | None) -> nn.Module:
+    """Return what the factory of `spec` makes for so many classes. Raises ModelError when it fails.
+
+    allow: None for the spec of a model in memory: its factory was allowed when it made the model.
+    """
+    call = find_factory(spec.factory, [spec.factory.partition(":")[0]] if allow is None else allow)
     parameters = inspect.signature(call).parameters
     named = {"num_classes": classes, "input_shape": spec.input_shape}
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -285,6 +277,9 @@ def _fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path) -
             where=str(folder),
             fix="the factory has changed since the model was saved: restore it, or train again",
         )
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        # A model may have been made double or half; load_state_dict would round without a word.
+        tensor.data = tensor.data.to(tensors[name].dtype)
     model.load_state_dict(dict(tensors))
 
 
@@ -297,7 +292,7 @@ def with_network(model: nn.Module, network: nn.Module, **changes: Any) -> nn.Mod
     """Return `network` dressed like `model`; `changes` go into its spec."""
     if not isinstance(model, Classifier):
         return network
-    twin = Classifier(network, replace(model.spec, **changes))
+    twin = Classifier(network, replace(model.spec, **changes), model.normalise.layout)
     twin.normalise = model.normalise
     twin.training = model.training
     return twin

@@ -5,8 +5,9 @@ A model folder may come from anywhere: what is wrong in it is named before anyth
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,57 @@ def read_spec(path: Path) -> tuple[ModelSpec, str]:
             f"model.json lacks or garbles {'; '.join(wrong)}", where=str(path), fix="restore it (dvc checkout)"
         )
     return _spec(full), full["weights"]
+
+
+def new_spec(
+    factory: str,
+    classes: Sequence[str],
+    input_shape: Sequence[int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    arguments: Mapping[str, Any] | None,
+) -> ModelSpec:
+    """Return the spec of a model that is to be built, as model.json will keep it. mean, std: default 0.5 each.
+
+    Raises ModelError that names every field that model.json could not keep, and what is allowed there.
+    """
+    shape = _plain(input_shape)
+    channels = shape[0] if isinstance(shape, list) and shape and _is_whole(shape[0], 1) else 1
+    content = {
+        "factory": factory,
+        "classes": _plain(classes),
+        "input_shape": shape,
+        "mean": [0.5] * channels if mean is None else _plain(mean),
+        "std": [0.5] * channels if std is None else _plain(std),
+        "arguments": _kept_arguments(arguments or {}),
+        **{"kept": {}, "parent": None, "tasks": [], "views": {}, "features": 0},
+    }
+    wrong = [(key, _FIELDS[key]) for key in content if not _FIELDS[key][1](content[key])]
+    for key, (allowed, _) in wrong[:1]:
+        raise ModelError(f"{key} is {content[key]}", where=key, allowed=allowed)
+    if not _is_consistent(content):
+        raise ModelError(f"mean {content['mean']} and std {content['std']}", allowed=f"{channels} numbers each")
+    return _spec(content)
+
+
+def _plain(values: Any) -> Any:
+    """Return arrays, tensors and any other sequence of values as a list of Python's own types."""
+    try:
+        return [getattr(value, "item", lambda value=value: value)() for value in values]
+    except (TypeError, ValueError, RuntimeError):
+        return values
+
+
+def _kept_arguments(arguments: Mapping[str, Any]) -> Any:
+    try:
+        return json.loads(json.dumps(dict(arguments)))
+    except (TypeError, ValueError) as problem:
+        raise ModelError(
+            f"model.json cannot keep the arguments: {problem}",
+            where="arguments",
+            allowed="texts, numbers, true or false, None, and lists of them",
+            fix="write a factory of your own that fills in the others",
+        ) from None
 
 
 def _spec(content: Mapping[str, Any]) -> ModelSpec:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from nss.mask import ChannelMask
@@ -79,6 +80,11 @@ BINARY_NAMES = {
     "itruediv",
     "div_",
 }
+DIVISIONS = {"div", "truediv", "itruediv", "div_"}
+KNOWN_NAMES = (
+    ACTIVATION_NAMES | POOL_NAMES | PASSING_NAMES | REDUCTION_NAMES | MAX_POOL_NAMES | FREE_MOVES | RIGID_MOVES
+    | BINARY_NAMES
+)  # fmt: skip
 # f(0) != 0: after one of these a masked channel has to be masked again.
 ZERO_MOVERS = {
     "sigmoid", "sigmoid_", "hardsigmoid", "softplus", "logsigmoid", "clamp", "clamp_", "clip", "hardtanh", "hardtanh_",
@@ -86,11 +92,33 @@ ZERO_MOVERS = {
 ZERO_MOVING_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Hardtanh, *CHANNEL_NORMS)
 
 
+# Who wrote the functions that go by their names here; builtins of PyTorch name no module.
+LIBRARIES = {"torch", "torchvision", "_operator", "None"}
+
+
 def name_of(node: fx.Node) -> str:
-    """Plain name of the function or method a node calls: `F.relu`, `torch.relu` and `x.relu()` are all "relu"."""
-    if isinstance(node.target, str):
-        return node.target
-    return str(getattr(node.target, "__name__", ""))
+    """Plain name of the function or method a node calls: `F.relu`, `torch.relu` and `x.relu()` are all "relu".
+
+    Empty where a name says nothing: an attribute `self.relu` and a function of the user's own can be anything.
+    """
+    library = str(getattr(node.target, "__module__", None)).partition(".")[0]
+    known = node.op == "call_method" or (node.op == "call_function" and library in LIBRARIES)
+    return _called(node) if known else ""
+
+
+def _called(node: fx.Node) -> str:
+    return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+
+
+def by_position(node: fx.Node) -> None:
+    """Let a node take by position what it reads, as in `torch.add(input=x, other=y)`: others look for it there."""
+    if node.op != "call_module" and name_of(node) not in KNOWN_NAMES:
+        return  # another function's `other` may be its third
+    settings = dict(node.kwargs)
+    for place, names in enumerate((("input", "tensors"), ("other",))):
+        given = [name for name in names if name in settings and len(node.args) == place]
+        node.args = (*node.args, *(settings.pop(name) for name in given))
+    node.kwargs = settings
 
 
 def module_calls(graph: fx.GraphModule) -> Counter[str]:
@@ -108,7 +136,7 @@ def is_activation(node: fx.Node, root: nn.Module) -> bool:
     module = module_of(node, root)
     if module is not None:
         return isinstance(module, ACTIVATIONS)
-    return node.op in ("call_function", "call_method") and name_of(node) in ACTIVATION_NAMES
+    return name_of(node) in ACTIVATION_NAMES
 
 
 def is_norm(node: fx.Node, root: nn.Module) -> bool:
@@ -121,7 +149,7 @@ def is_passing(node: fx.Node, root: nn.Module) -> bool:
     module = module_of(node, root)
     if module is not None:
         return isinstance(module, POOLS + PASSING)
-    return node.op in ("call_function", "call_method") and name_of(node) in POOL_NAMES | PASSING_NAMES
+    return name_of(node) in POOL_NAMES | PASSING_NAMES
 
 
 def is_depthwise(layer: nn.Module) -> bool:
@@ -159,7 +187,7 @@ def writes_in_place(node: fx.Node, root: nn.Module) -> bool:
     if module is not None:
         return bool(getattr(module, "inplace", False))
     inplace_operators = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-    named = node.op in ("call_method", "call_function") and name_of(node).endswith("_")
+    named = node.op in ("call_method", "call_function") and _called(node).endswith("_")
     return named or node.target in inplace_operators or bool(node.kwargs.get("inplace", False))
 
 
@@ -175,30 +203,39 @@ def move_ids(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 def flattens_all(node: fx.Node, result: torch.Tensor) -> bool:
     """Say whether a view or reshape is `x.view(n, -1)`: sizes follow whatever channels are left."""
-    sizes = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+    sizes: Any = node.args[1:] or tuple(node.kwargs.values())
+    sizes = sizes[0] if isinstance(sizes[0], (tuple, list)) else sizes
     return bool(result.dim() == 2 and sizes[-1] == -1)
 
 
 def is_max_pool(node: fx.Node, root: nn.Module) -> bool:
-    """Say whether the node takes the largest value of each window."""
+    """Say whether the node takes the largest value of each window, and says nothing of where it lies."""
     module = module_of(node, root)
-    if module is not None:
-        return isinstance(module, MAX_POOLS)
-    return node.op == "call_function" and name_of(node) in MAX_POOL_NAMES
+    if isinstance(module, MAX_POOLS):
+        return not module.return_indices
+    # Unlike its namesake of torch.nn.functional, this one returns both.
+    return name_of(node) in MAX_POOL_NAMES and node.target is not torch.adaptive_max_pool1d
 
 
-def bound(node: fx.Node, root: nn.Module, **changes: Any) -> Callable[[torch.Tensor], Any]:
-    """Return what the node does as a function of its first argument alone; `changes` override its settings."""
+def bound(node: fx.Node, root: nn.Module, **changes: Any) -> Callable[..., Any]:
+    """Return what the node does as a function of the nodes it reads; `changes` override its settings."""
     module = module_of(node, root)
-    if name_of(node) == "relu":
+    if isinstance(module, nn.ReLU) or name_of(node) == "relu":
         return nn.ReLU()
     if module is not None:
         twin = copy.copy(module)
         for name, value in changes.items():
             setattr(twin, name, value)
         return twin
-    if node.op == "call_method":
-        return lambda x: getattr(x, name_of(node))(*node.args[1:], **node.kwargs)
-    function = cast("Callable[..., Any]", node.target)
-    settings = {**{k: v for k, v in node.kwargs.items() if k != "input"}, **changes}
-    return lambda x: function(x, *node.args[1:], **settings)
+    # torch.max_pool2d cannot say where the largest value lies; its namesake, with the same arguments, can.
+    target: Any = getattr(F, name_of(node)) if is_max_pool(node, root) else node.target
+
+    def call(*inputs: Any) -> Any:
+        values = dict(zip(node.all_input_nodes, inputs, strict=True))
+        args = fx.map_arg(node.args, values.__getitem__)
+        settings = {**fx.map_arg(node.kwargs, values.__getitem__), **changes}
+        if node.op == "call_method":
+            return getattr(args[0], target)(*args[1:], **settings)
+        return target(*args, **settings)
+
+    return call

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-def read_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
+def read_ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
     """Yield the items in order while one thread is up to `depth` items ahead; 0 reads when asked.
 
-    What the source raises is raised here, in its place in the order; the thread ends with the iterator.
+    What the source raises is raised here, in its place in the order; the thread ends with the iterator, at once
+    where that is closed.
 
     >>> list(read_ahead(range(3), depth=2))
     [0, 1, 2]

@@ -7,6 +7,7 @@ different samples add up: profile(A + B) == merge(profile(A), profile(B)).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -257,9 +258,11 @@ def profile(
     wanted = sorted({name for metric in metrics for name in _SUMS[metric]})
     gatherer = Gatherer(sites, wanted, len(names), gram=gram, windows=windows)
     compared = torch.zeros(shape) if reference is None else reference
-    batches = _limited(read_ahead(iter_batches(data, batch_size), prefetch), samples_per_class, names)
-    with evaluating(model), torch.autocast(device_of(model).type, torch.bfloat16, enabled=bf16):
-        for images, labels in batches:
+    ahead = read_ahead(iter_batches(data, batch_size), prefetch)
+    mixed = torch.autocast(device_of(model).type, torch.bfloat16, enabled=bf16)
+    # Closed, since whoever keeps an error would keep the thread that reads ahead.
+    with closing(ahead), evaluating(model), mixed:
+        for images, labels in _limited(ahead, samples_per_class, names):
             inputs = _network_input(model, images)
             gatherer.see(inputs, labels, compared.to(inputs)[None], batch_size)
     if not int(gatherer.counts.sum()):

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from nss.data import Data, val_part
 from nss.errors import PruneError
@@ -24,7 +23,7 @@ from nss.model import model_digest, network_of, with_network
 from nss.operations import LAYERS
 from nss.predict import accuracy
 from nss.size import count_parameters
-from nss.weight_masks import apply_masks, count_masked, count_prunable, weight_masks
+from nss.weight_masks import apply_masks, count_masked, count_prunable, refuse_unowned, weight_masks
 
 LAST_SHARE = 0.2
 """of the last layer's weights that Uniform+ keeps at least"""
@@ -62,8 +61,8 @@ def prune_weights(model: nn.Module, method: str = "lamp", sparsity: float = 0.5,
     weight of a layer stays. First and last are taken in the order in which the layers are registered; of equal weights
     the one with the lower index stays. Biases and norms are left alone. Source: Lee et al. 2021 (LAMP),
     arXiv 2010.07611, section 3; ERK: Evci et al. 2020, arXiv 1911.11134.
-    Raises PruneError for an unknown method, shares out of range or out of reach, weights that are not finite, and a
-    model without such layers.
+    Raises PruneError for an unknown method, shares out of range or out of reach, weights that are not finite,
+    computed from others or shared by layers, and a model without such layers.
 
     >>> pruned = nss.prune_weights(model, "lamp", sparsity=0.9)
     >>> nss.count_masked(pruned) / nss.count_prunable(model)
@@ -95,12 +94,11 @@ def _pruned(model: nn.Module, layers: Sequence[_Layer], method: str, keep: int, 
 
 
 def _layers(network: nn.Module) -> list[_Layer]:
+    refuse_unowned(network, "pruning", PruneError)
     masks, layers = weight_masks(network), []
     for name, module in network.named_modules():
         if not isinstance(module, LAYERS):
             continue
-        if parametrize.is_parametrized(module) and name not in masks:
-            raise PruneError("the layer's weight is computed from others", where=name, fix="remove the parametrization")
         size = module.weight.detach().cpu().double().abs()
         if not bool(torch.isfinite(size).all()):
             raise PruneError("there are weights that are not finite", where=name, fix="train the model again")

@@ -25,6 +25,7 @@ from nss.size import count_parameters
 from nss.slice import SemanticSlices
 from nss.told import route_anew, tasks_apart, within_task
 from nss.tunable import tunable_neurons
+from nss.weight_masks import refuse_unowned
 
 # Images of the old data on which the learning curve is drawn.
 JUDGED = 1000
@@ -105,7 +106,8 @@ def readapt(
     any out it is the one with the smallest loss on all of them, guard included.
     Source: NeuSemSlice, arXiv 2407.20281, section 3; the choice of neurons and the guard are method.md 6's.
     Raises ReadaptError when there are no new samples, a label is not known to the model, the profile or the slices are
-    of another model, settings are out of range, or the loss is not finite any more.
+    of another model, settings are out of range, weights are computed from others or shared by layers, or the loss is
+    not finite any more.
 
     >>> result = nss.readapt(model, slices, drifted, profile=profile)
     >>> result.report.curve[-1].new_accuracy, result.report.trained_share
@@ -114,6 +116,7 @@ def readapt(
     started = time.perf_counter()
     settings = Settings(epochs, batch_size, learning_rate, guard, patience)
     _check(settings, share, replay, distil)
+    refuse_unowned(network_of(model), "re-adapting", ReadaptError)
     new, held_out = _new_samples(new_data, slices, seed)
     settings = replace(settings, guard=guard * len(slices.classes) / len(new.labels.unique()))
     affected = _affected(new, slices, categories)

@@ -172,18 +172,18 @@ class _Moments:
     """Second moments of a layer's inputs and of wanted outputs with them, for each group of a grouped convolution.
 
     They are taken about the means of the first rows: products of what hardly varies lose its variation otherwise.
+    Products are taken where the rows are, and added up and solved with on the CPU.
     """
 
     def __init__(self, layer: Layer) -> None:
         self.layer, self.groups = layer, int(getattr(layer, "groups", 1))
         self.size, self.outputs = layer.weight[0].numel(), len(layer.weight) // self.groups
-        zeros = layer.weight.new_zeros
         self.count = 0
         self.origin: tuple[Tensor, Tensor] | None = None
-        self.inputs = zeros(self.groups, self.size, dtype=torch.float64)
-        self.wanted = zeros(self.groups, self.outputs, dtype=torch.float64)
-        self.square = zeros(self.groups, self.size, self.size, dtype=torch.float64)
-        self.cross = zeros(self.groups, self.outputs, self.size, dtype=torch.float64)
+        self.inputs = torch.zeros(self.groups, self.size, dtype=torch.float64)
+        self.wanted = torch.zeros(self.groups, self.outputs, dtype=torch.float64)
+        self.square = torch.zeros(self.groups, self.size, self.size, dtype=torch.float64)
+        self.cross = torch.zeros(self.groups, self.outputs, self.size, dtype=torch.float64)
 
     def add(self, inputs: Tensor, wanted: Tensor) -> None:
         """inputs: [n, groups x size], wanted: [n, groups x outputs]."""
@@ -192,17 +192,17 @@ class _Moments:
         self.origin = self.origin or (x.mean(1, keepdim=True), y.mean(1, keepdim=True))
         x, y = x - self.origin[0], y - self.origin[1]
         self.count += len(inputs)
-        self.inputs += x.sum(1).double()
-        self.wanted += y.sum(1).double()
-        self.square += (x.transpose(1, 2) @ x).double()
-        self.cross += (y.transpose(1, 2) @ x).double()
+        self.inputs += x.sum(1).cpu().double()
+        self.wanted += y.sum(1).cpu().double()
+        self.square += (x.transpose(1, 2) @ x).cpu().double()
+        self.cross += (y.transpose(1, 2) @ x).cpu().double()
 
     def solve(self, ridge: float, norm: nn.BatchNorm2d | None) -> None:
         """Move the layer's weights to the least squares solution; the ridge pulls towards those it has.
 
         The mean is met by the bias, or else by the norm behind: what it takes for the mean moves along.
         """
-        weight = self.layer.weight.detach().double().reshape(self.groups, self.outputs, self.size)
+        weight = self.layer.weight.detach().cpu().double().reshape(self.groups, self.outputs, self.size)
         mean_in, mean_out, square, cross = self._centred()
         if self.layer.bias is None and norm is None:
             square = square + mean_in[:, :, None] * mean_in[:, None]
@@ -224,4 +224,5 @@ class _Moments:
         x, y = self.inputs / self.count, self.wanted / self.count
         square = self.square / self.count - x[:, :, None] * x[:, None]
         cross = self.cross / self.count - y[:, :, None] * x[:, None]
-        return self.origin[0][:, 0].double() + x, self.origin[1][:, 0].double() + y, square, cross
+        mean_in, mean_out = (each[:, 0].cpu().double() for each in self.origin)
+        return mean_in + x, mean_out + y, square, cross

@@ -10,9 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from nss.anatomy import TIED
+from nss.errors import SiteError
 from nss.model import Classifier, model_digest, network_of, shape_of, with_network
 from nss.sites import Sites, find_sites
 from nss.surgery import cut
+from nss.weight_masks import refuse_unowned
+
+BOUND = f"{TIED}, and zero does not stay zero on the way there, so they are kept"
 
 
 @dataclass(frozen=True)
@@ -23,11 +28,11 @@ class LayerRemoval:
     asked: int
     """how many were to be kept"""
     added: int
-    """how many more the union over its coupled group keeps"""
+    """how many more are kept: by the union over its coupled group, or because they can be neither cut nor masked"""
     masked: int
     """how many cannot leave, and get zero weights instead"""
     reason: str
-    """why they cannot; empty when none are masked"""
+    """why they cannot, or can be neither cut nor masked; empty when there are none"""
 
     @property
     def kept(self) -> int:
@@ -63,20 +68,21 @@ def plan_removal(
     >>> nss.plan_removal(model, {"conv1": torch.arange(16) < 8}).layers["conv1"].removed
     8
     """
+    refuse_unowned(network_of(model), "removing", SiteError)
     sites = find_sites(network_of(model), shape_of(model, input_shape))
     coupled = sites.couple(neurons)
-    masked = ~coupled.ids & ~sites.removable(coupled.ids)
+    masked, bound = ~coupled.ids & ~sites.removable(coupled.ids), sites.bound()
     layers = {}
     for site in sites:
         kept, added = int(coupled.neurons[site.name].sum()), coupled.added[site.name]
         stuck = site.ids[masked[site.ids]]
-        layers[site.name] = LayerRemoval(len(site), kept - added, added, len(stuck), _reason(sites, stuck))
+        unasked = site.name in neurons and bool((bound[site.ids] & ~neurons[site.name].cpu()).any())
+        reasons = [_reason(sites, stuck)] * bool(len(stuck)) + [BOUND] * unasked
+        layers[site.name] = LayerRemoval(len(site), kept - added, added, len(stuck), "; ".join(reasons))
     return RemovalPlan(layers)
 
 
 def _reason(sites: Sites, stuck: torch.Tensor) -> str:
-    if not len(stuck):
-        return ""
     roots = sites.anatomy.classes.roots()
     own = set(roots[stuck].tolist())
     reasons = {reason for channel, reason in sites.anatomy.fixed.items() if int(roots[channel]) in own}
@@ -90,13 +96,16 @@ def remove(
 
     neurons: {layer: bool [neurons], True = keep}; layers that are not named are kept whole, coupled neurons stay if
     any of their group does. Neurons that cannot leave (fixed by a chunk, unequal groups of a grouped convolution) get
-    zero weights instead. input_shape: needed for models not made by `build_model`. Use a fresh optimizer afterwards.
-    Raises SiteError for unknown layers, wrong masks, or an emptied layer.
+    zero weights instead, or are kept, as in `sliced`, where that would not silence them; `plan_removal` says why.
+    input_shape: needed for models not made by `build_model`. Use a fresh optimizer afterwards.
+    Raises SiteError for unknown layers, wrong masks, an emptied layer, and weights that are computed from others or
+    shared by layers.
 
     >>> smaller = nss.remove(model, {"conv1": torch.arange(16) < 8})
     >>> smaller.network.conv1.out_channels
     8
     """
+    refuse_unowned(network_of(model), "removing", SiteError)
     network = copy.deepcopy(network_of(model))
     sites = find_sites(network, shape_of(model, input_shape))
     left = cut(network, sites, sites.couple(neurons).ids)

@@ -12,14 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from torch import nn
-
 from nss.apply import apply_plan
 from nss.data import Data, train_part, val_part
 from nss.errors import RestructureError
 from nss.evaluate import evaluate
 from nss.finetune import fine_tune
-from nss.latency import measure_latency
+from nss.latency import LATENCY_BATCH, measured_latency
 from nss.model import Classifier
 from nss.plan import RestructurePlan
 from nss.planner import Planner
@@ -30,7 +28,6 @@ from nss.slice import SemanticSlices
 BUDGETS = ("macs", "params", "latency_ms", "max_accuracy_drop")
 TRIALS = 6
 """halvings of the range of multiply-adds in search of a latency or an accuracy"""
-LATENCY_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -178,11 +175,6 @@ def _for_latency(planner: Planner, target: float) -> RestructurePlan:
         )
     plan = _nearest(planner, fast_enough, sure=planner.least, unsure=1.0) or smallest
     return replace(plan, budget={"latency_ms": target})
-
-
-def measured_latency(model: nn.Module) -> float:
-    """Return the median milliseconds for a batch of LATENCY_BATCH images."""
-    return measure_latency(model, batch_sizes=(LATENCY_BATCH,)).median_ms[LATENCY_BATCH]
 
 
 def _nearest(

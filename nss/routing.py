@@ -103,12 +103,12 @@ class Router(nn.Module):
         """
         known = len(self.counts)
         counts = torch.zeros(known, dtype=torch.int64)
-        sums = self.means.new_zeros(known, self.features, dtype=torch.float64)
+        sums = torch.zeros(known, self.features, dtype=torch.float64)
         products = sums.new_zeros(self.features, self.features)
         for features, labels in batches:
-            wide = features.double()
+            wide = features.cpu().double()
             counts += torch.bincount(labels, minlength=known)
-            sums.index_add_(0, labels.to(sums.device), wide)
+            sums.index_add_(0, labels, wide)
             products += wide.T @ wide
         new = counts > 0
         means = sums[new] / counts[new, None].to(sums)
@@ -135,7 +135,7 @@ class Router(nn.Module):
         Gaussians about the means under (1 - s) S + s trace(S)/d I, S the covariance within classes and s the shrinkage
         (FeCAM, arXiv 2309.14062, with one covariance for all).
         """
-        inner, means = self._covariance(), self.means.double()
+        inner, means = self._covariance(), self.means.cpu().double()
         level = inner.diagonal().mean().clamp_min(1e-12)
         inner = (1 - shrinkage) * inner + shrinkage * level * torch.eye(len(inner)).to(inner)
         weight = torch.linalg.solve(inner, means.T).T
@@ -144,8 +144,8 @@ class Router(nn.Module):
     def _covariance(self) -> Tensor:
         """Return the covariance within classes, float64 [features, features]."""
         rows, columns = torch.triu_indices(self.features, self.features)
-        upper = self.scatter.new_zeros(self.features, self.features, dtype=torch.float64)
-        upper[rows, columns] = self.scatter.double() / int(self.counts.sum())
+        upper = torch.zeros(self.features, self.features, dtype=torch.float64)
+        upper[rows, columns] = self.scatter.cpu().double() / int(self.counts.sum())
         return upper + upper.triu(1).T
 
     def shrinkage(self) -> float:
@@ -195,7 +195,7 @@ def evidence(scores: Tensor, joined: Tensor, own: Tensor) -> Tensor:
 
 def _judge(features: Tensor, labels: Tensor, linear: tuple[Tensor, Tensor], known: int) -> float:
     """Return the mean of the accuracies of old and of new images, with all classes to choose from."""
-    right = ((features.double() @ linear[0].T + linear[1]).argmax(1).cpu() == labels).double()
+    right = ((features.cpu().double() @ linear[0].T + linear[1]).argmax(1) == labels).double()
     return float(right[labels < known].mean() + right[labels >= known].mean()) / 2
 
 
@@ -206,7 +206,7 @@ def fit_mix(seen: Tensor, new: Tensor) -> Tensor:
     before they have the right size, so their weight is any that is positive. A penalty on the other weights, in units
     of their evidence, makes a few images decide as PLAIN does.
     """
-    seen, new = seen.double(), new.to(seen.device)
+    seen, new = seen.cpu().double(), new.cpu()
     fewer = int(torch.minimum(new.sum(), (~new).sum()))
     weight = torch.where(new, fewer / int(new.sum()), fewer / int((~new).sum())).to(seen)
     middle, scale = _units(seen, weight / weight.sum())

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
 from nss import operations as ops
-from nss.anatomy import GROUP_NORM, TIED, Anatomy, dissect
+from nss.anatomy import GROUP_NORM, Anatomy, dissect
 from nss.coupling import any_in_class
 from nss.errors import SiteError
 from nss.mask import ChannelMask
@@ -57,7 +57,8 @@ class Sites:
     def couple(self, neurons: Mapping[str, torch.Tensor]) -> Coupled:
         """Widen a choice of neurons to what can be kept or dropped together: a group is kept if any member is.
 
-        neurons: {site name: bool [neurons], True = keep}; sites that are not named are kept whole.
+        neurons: {site name: bool [neurons], True = keep}; sites that are not named are kept whole, and so is what
+        `bound` says.
         Raises SiteError for unknown sites, wrong lengths or types, and a layer that would be emptied.
 
         >>> coupled = find_sites(model).couple({"conv1": mask})
@@ -68,7 +69,7 @@ class Sites:
         asked = torch.ones(len(self.anatomy.classes), dtype=torch.bool)
         for site in self.sites:
             asked[site.ids] = neurons.get(site.name, torch.ones(len(site), dtype=torch.bool)).cpu()
-        kept = any_in_class(asked, self.anatomy.classes.roots())
+        kept = any_in_class(asked, self.anatomy.classes.roots()) | self.bound()
         added = {site.name: int((kept[site.ids] & ~asked[site.ids]).sum()) for site in self.sites}
         return Coupled({site.name: kept[site.ids] for site in self.sites}, added, kept)
 
@@ -85,17 +86,28 @@ class Sites:
             if not bool(mask.any()):
                 raise SiteError(f"no neuron of {name!r} is kept", where=name, allowed="at least one neuron a layer")
 
+    def bound(self) -> torch.Tensor:
+        """Return which channels always stay, bool [ids]: tied to what is no neuron, and not to be silenced either.
+
+        Zero does not stay zero on their way, and no norm with weights of its own can see to that.
+        """
+        moved = torch.zeros(len(self.anatomy.classes), dtype=torch.bool)
+        for node, ids, _ in self.anatomy.restless:
+            if getattr(ops.module_of(node, self.anatomy.graph), "weight", None) is None:
+                moved[ids[ids >= 0]] = True
+        return any_in_class(moved, self.anatomy.classes.roots()) & self._flagged(self.anatomy.tied)
+
     def zeros(self, masked: torch.Tensor) -> torch.Tensor:
         """Of the masked channels, those that are zero wherever they are read: not added to what is no neuron."""
-        return masked & ~self._fixed_by(TIED)
+        return masked & ~self._flagged(self.anatomy.tied)
 
     def quiet(self, masked: torch.Tensor) -> torch.Tensor:
         """Of the masked channels, those that the layer making them may stop making: no GroupNorm averages over them."""
-        return masked & ~self._fixed_by(GROUP_NORM)
+        return masked & ~self._flagged(member for member, why in self.anatomy.fixed.items() if why == GROUP_NORM)
 
-    def _fixed_by(self, reason: str) -> torch.Tensor:
+    def _flagged(self, members: Iterable[int]) -> torch.Tensor:
         flags = torch.zeros(len(self.anatomy.classes), dtype=torch.bool)
-        flags[[member for member, why in self.anatomy.fixed.items() if why == reason]] = True
+        flags[list(members)] = True
         return any_in_class(flags, self.anatomy.classes.roots())
 
     def removable(self, kept: torch.Tensor) -> torch.Tensor:

@@ -20,8 +20,9 @@ def sliced(
     """Return a view of `model` in which the neurons that are not kept are zero behind norm and nonlinearity.
 
     neurons: {layer: bool [neurons], True = keep}, layers that are not named are kept whole; coupled neurons are kept
-    if any of their group is. input_shape: (channels, height, width), needed for models not made by `build_model`.
-    Weights are shared with `model`. Raises SiteError for unknown layers, wrong masks, or an emptied layer.
+    if any of their group is, as are those that `remove` can neither cut nor silence (see `plan_removal`). input_shape:
+    (channels, height, width), needed for models not made by `build_model`. Weights are shared with `model`.
+    Raises SiteError for unknown layers, wrong masks, or an emptied layer.
 
     >>> view = nss.sliced(model, {"conv1": torch.arange(16) < 8})
     >>> view(images).shape

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nss.data import Data, train_part
 from nss.errors import ModelError, NssError
 from nss.samples import rank_in_class, whole
+from nss.told import within_task
 
 # An epoch of few samples has several passes: with fewer steps nothing is learned, nor brought back what went too far.
 FEWEST_STEPS = 10
@@ -46,18 +47,21 @@ def step(
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
     soft: Tensor | None = None,
+    tasks: Tensor | None = None,
 ) -> tuple[float, int]:
     """Take one step on a batch. Returns the loss and the number of images answered right before the step.
 
     soft: logits of a teacher [n, classes]: the loss is then the mean of the cross entropies with the labels and with
-    the teacher's probabilities. Raises ModelError for labels outside the logits and for a loss that is not finite.
+    the teacher's probabilities. tasks: of each class, int64 [classes]: answers are then among the classes of the
+    label's own task. Raises ModelError for labels outside the logits and for a loss that is not finite.
     """
     logits = model(images)
     if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
         raise ModelError(f"labels up to {int(labels.max())}", allowed=f"0 to {logits.shape[1] - 1}: one a logit")
+    logits = within_task(logits, labels, tasks)
     loss = F.cross_entropy(logits, labels)
     if soft is not None:
-        loss = (loss + F.cross_entropy(logits, soft.softmax(1))) / 2
+        loss = (loss + F.cross_entropy(logits, within_task(soft, labels, tasks).softmax(1))) / 2
     return descend(loss, optimizer, schedule), int((logits.argmax(1) == labels).sum())
 
 

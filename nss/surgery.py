@@ -10,8 +10,9 @@ from torch import nn
 
 from nss.coupling import lookup
 from nss.errors import ModelError
+from nss.operations import is_depthwise
 from nss.sites import Sites, find_sites
-from nss.weight_masks import apply_masks, release_masks
+from nss.weight_masks import apply_masks, refuse_unowned, release_masks
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 
@@ -21,6 +22,7 @@ def shrink(network: nn.Module, input_shape: tuple[int, ...], kept: Mapping[str, 
 
     kept: {layer: indices of its output channels that stay}. Raises ModelError if the layers do not exist or do not fit.
     """
+    refuse_unowned(network, "cutting", ModelError)
     sites = find_sites(network, input_shape)
     sizes = {site.module: len(site) for site in sites}
     unknown = [
@@ -116,6 +118,11 @@ def _cut_grouped(weight: torch.Tensor, stay: torch.Tensor) -> torch.Tensor:
     return torch.cat([row[:, keep] for row, keep in zip(rows, stay, strict=True)])
 
 
+def filters_by_channel(layer: nn.Module) -> bool:
+    """Say whether a layer is depthwise, or was until it was cut to one channel: torch tells that from no other."""
+    return is_depthwise(layer) or bool(vars(layer).get("depthwise", False))
+
+
 def _set_sizes(layer: Layer, inputs: int, outputs: int, *, depthwise: bool) -> None:
     if isinstance(layer, nn.Linear):
         layer.in_features, layer.out_features = inputs, outputs
@@ -123,6 +130,7 @@ def _set_sizes(layer: Layer, inputs: int, outputs: int, *, depthwise: bool) -> N
     layer.in_channels, layer.out_channels = inputs, outputs
     if depthwise:
         layer.groups = inputs
+        vars(layer)["depthwise"] = True
 
 
 def _cut_scaler(norm: nn.BatchNorm2d, stay: torch.Tensor) -> None:

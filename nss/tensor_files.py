@@ -21,9 +21,12 @@ _META = "nss"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Any) -> None:
-    """Write tensors and JSON-able `meta` as one safetensors file: the same input gives the same bytes."""
+    """Write tensors and JSON-able `meta` as one safetensors file: the same input gives the same bytes.
+
+    Tensors that share memory are written one by one: read back, each has its own.
+    """
     with replacing(path) as part:
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        plain = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
         try:
             save_file(plain, part, metadata={_META: json.dumps(meta)})
         except SafetensorError as problem:
@@ -41,6 +44,17 @@ def read_tensors(path: Path, error: type[NssError] = NssError) -> tuple[dict[str
         raise unreadable(error, "the file is missing", path) from None
     except (SafetensorError, OSError, ValueError, RecursionError) as problem:
         raise unreadable(error, f"the file is not a whole safetensors file ({problem})", path) from None
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copy all but the first of those that share memory, which safetensors does not take."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return apart
 
 
 def _number(problem: SafetensorError) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nss.data import Data, iter_batches
+from nss.errors import ModelError
 from nss.model import Classifier, device_of, evaluating
 from nss.wiring import Columns
 
@@ -52,10 +53,22 @@ def features_of(model: Classifier, data: Data) -> Iterator[tuple[Tensor, Tensor]
             yield network.parts(model.normalise(images.to(device_of(model))))[1], labels.cpu().long()
 
 
+def check_classes(model: Classifier, labels: Tensor) -> None:
+    """Raise ModelError unless there are images of every class that an extended model's router has to tell apart."""
+    seen = labels.unique().tolist()
+    if missing := [name for index, name in enumerate(model.spec.classes) if index not in seen]:
+        raise ModelError(
+            f"there is no image of {', '.join(missing)} to tell the tasks apart by",
+            where="the data",
+            allowed="images of every class that an extended model knows",
+        )
+
+
 def route_anew(model: Classifier, parts: Sequence[Data]) -> None:
     """Learn again, in place, what tells the tasks apart, from images of all classes: features that moved look new.
 
-    parts: labelled images, together of every class that is to be answered.
+    parts: labelled images, together of every class. Raises ModelError, and changes nothing, where one has none.
     """
-    router = cast(Columns, model.network).router
-    router.learn_anew(batch for part in parts for batch in features_of(model, part))
+    batches = [batch for part in parts for batch in features_of(model, part)]
+    check_classes(model, torch.cat([labels for _, labels in batches]))
+    cast(Columns, model.network).router.learn_anew(batches)

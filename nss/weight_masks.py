@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nss.errors import NssError
-from nss.operations import LAYERS
+from nss.operations import CHANNEL_NORMS, LAYERS
 
 MASK = "weight_mask"
 
@@ -78,12 +78,47 @@ def without_masks(model: nn.Module) -> nn.Module:
 
 
 def refuse_masks(model: nn.Module, doing: str, error: type[NssError]) -> None:
-    """Raise `error` for a model with masked weights, when `doing` it would write to weights that a mask hides."""
+    """Raise `error` for a model with masked weights, when `doing` it would write to weights that a mask hides.
+
+    What `refuse_unowned` refuses is refused too. model: a Classifier, or a network.
+    """
+    refuse_unowned(cast(nn.Module, getattr(model, "network", model)), doing, error)
     if count_masked(model):
         raise error(
             f"{count_masked(model)} weights of the model are masked, and {doing} would not keep them so",
             fix="do it first and prune_weights afterwards; or pass without_masks(model), whose zeros are ordinary",
         )
+
+
+def refuse_unowned(network: nn.Module, doing: str, error: type[NssError]) -> None:
+    """Raise `error` for a layer whose numbers are computed from others, or are another layer's too.
+
+    Whoever is `doing` it writes new numbers to layers: what is computed would overwrite them, and two layers with one
+    weight would come apart.
+    """
+    owners: dict[int, str] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, (*LAYERS, *CHANNEL_NORMS, nn.GroupNorm)) and _is_computed(module):
+            raise error(
+                f"the weight or bias of {name!r} is computed from others, so {doing} cannot write to it",
+                where=name,
+                fix="make it plain before: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or, for"
+                " the old torch.nn.utils.weight_norm and spectral_norm, remove_weight_norm or remove_spectral_norm",
+            )
+        for parameter in module._parameters.values():
+            first = owners.setdefault(id(parameter), name) if parameter is not None else name
+            if first != name:
+                raise error(
+                    f"{first!r} and {name!r} share a weight, and {doing} would part them",
+                    where=name,
+                    fix="call one layer twice instead, or give each its own: layer.weight = Parameter(weight.clone())",
+                )
+
+
+def _is_computed(layer: nn.Module) -> bool:
+    lacking = [name for name in ("weight", "bias") if name not in layer._parameters and name not in layer._buffers]
+    only_masked = _mask_of(layer) is not None and len(layer.get_submodule("parametrizations.weight")) == 1  # type: ignore[arg-type]
+    return bool(lacking) and not (only_masked and lacking == ["weight"])
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -114,11 +149,16 @@ def release_masks(model: nn.Module) -> dict[str, Tensor]:
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict under the names of the unmasked model, each mask as `weight_mask` beside its weight."""
     state: dict[str, Tensor] = model.state_dict()
-    for name, module, mask in _masked(model):
+    first_names = dict(model.named_modules())
+    for name, module in model.named_modules(remove_duplicate=False):
+        mask = _mask_of(module)
+        if mask is None:
+            continue
         prefix = f"{name}." if name else ""
         del state[f"{prefix}parametrizations.weight.original"], state[f"{prefix}parametrizations.weight.0.mask"]
         state[f"{prefix}weight"] = cast(Tensor, module.weight).detach()
-        state[f"{prefix}{MASK}"] = mask.mask
+        if name in first_names:
+            state[f"{prefix}{MASK}"] = mask.mask
     return state
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from nss.precision import in_double
 from nss.surgery import Layer
 
 WIDEST = 4608
@@ -37,7 +38,7 @@ def correlations(x: Tensor, layer: Layer, channels: int) -> Tensor:
     of a flattened map. A channel of ones is the last. Returns float64 [lags, groups, channels + 1, channels + 1], by
     the lags of `lags_of`.
     """
-    rows = _rows(x.detach().double(), layer, channels)
+    rows = _rows(in_double(x.detach()), layer, channels)
     found = [_correlation(rows, lag) for lag in lags_of(layer)]
     return torch.stack(found).cpu()
 

@@ -20,7 +20,7 @@ from nss import operations as ops
 from nss.anatomy import Anatomy, dissect
 from nss.errors import ExtendError
 from nss.routing import Router
-from nss.surgery import Layer
+from nss.surgery import Layer, filters_by_channel
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class _Step:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     reads: tuple[int, ...]
-    mixes: bool
-    """it is a layer whose every output reads all channels"""
+    axis: int | None
+    """where the channels that it reads lie, of a layer whose every output reads all of them; else None"""
     last: tuple[int, ...]
     """the values that no later step reads"""
 
@@ -92,13 +92,13 @@ class Columns(nn.Module):
         if step.op in ("placeholder", "output"):
             return x
         own = any(isinstance(values[each], _ByColumn) for each in step.reads)
-        if not own and not step.mixes:
+        if not own and step.axis is None:
             return self._call(step, 0, values)
-        if step.mixes and own:
+        if step.axis is not None and own:
             source = step.reads[0]
             for column in range(1, len(self.columns)):
                 if (source, column) not in joined:
-                    joined[source, column] = torch.cat(values[source][: column + 1], 1)
+                    joined[source, column] = torch.cat(values[source][: column + 1], step.axis)
             return _ByColumn(
                 self._call(step, column, values, joined.get((source, column))) for column in range(len(self.columns))
             )
@@ -126,7 +126,12 @@ class _ByColumn(tuple[Any, ...]):
 def _program(anatomy: Anatomy) -> tuple[_Step, ...]:
     refuse_unfit(anatomy)
     graph = anatomy.graph
-    mixing = {id(each.node) for each in anatomy.producers if not ops.is_depthwise(graph.get_submodule(each.module))}
+    layers = {each.node: graph.get_submodule(each.module) for each in anatomy.producers}
+    axes = {
+        node: -1 if isinstance(layer, nn.Linear) else 1
+        for node, layer in layers.items()
+        if not filters_by_channel(layer)
+    }
     numbers = {node: number for number, node in enumerate(graph.graph.nodes)}
     steps = []
     for node in numbers:
@@ -138,7 +143,7 @@ def _program(anatomy: Anatomy) -> tuple[_Step, ...]:
             for each in node.all_input_nodes
             if node.op != "output" and max(numbers[user] for user in each.users) == numbers[node]
         )
-        steps.append(_Step(node.name, node.op, node.target, args, dict(kwargs), reads, id(node) in mixing, last))
+        steps.append(_Step(node.name, node.op, node.target, args, dict(kwargs), reads, axes.get(node), last))
     return tuple(steps)
 
 
@@ -156,7 +161,7 @@ def refuse_unfit(anatomy: Anatomy) -> None:
     reasons += [f"{node.target} is a parameter of the network itself" for node in nodes if node.op == "get_attr"]
     for producer in anatomy.producers:
         layer = graph.get_submodule(producer.module)
-        if int(getattr(layer, "groups", 1)) > 1 and not ops.is_depthwise(layer):
+        if int(getattr(layer, "groups", 1)) > 1 and not filters_by_channel(layer):
             reasons.append(f"{producer.module} is a convolution in groups")
     if reasons:
         raise ExtendError(
@@ -173,22 +178,17 @@ def read_earlier(column: nn.Module, earlier: Sequence[nn.Module], input_shape: t
     """
     anatomy = dissect(column, input_shape)
     for name, ids in {producer.module: producer.in_ids for producer in anatomy.producers}.items():
-        if bool((ids >= 0).any()) and not ops.is_depthwise(column.get_submodule(name)):
-            add_inputs(cast(Layer, column.get_submodule(name)), sum(_own_inputs(each, name) for each in earlier))
+        if bool((ids >= 0).any()) and not filters_by_channel(column.get_submodule(name)):
+            # The last of them reads all before it too.
+            before = cast(Layer, earlier[-1].get_submodule(name)).weight.shape[1]
+            add_inputs(cast(Layer, column.get_submodule(name)), before)
     for module in column.modules():
         if isinstance(module, (*ops.LAYERS, *ops.CHANNEL_NORMS)):
             module.reset_parameters()
 
 
-def _own_inputs(column: nn.Module, module: str) -> int:
-    """Return how many of a layer's inputs come from its own column."""
-    other = cast(Layer, column.get_submodule(module))
-    return int(vars(other).get("own_inputs", other.weight.shape[1]))
-
-
 def add_inputs(layer: Layer, count: int) -> None:
     """Let a layer read `count` channels (or units) more, before those that it reads now, with weight zero."""
-    vars(layer)["own_inputs"] = layer.weight.shape[1]
     weight = layer.weight.detach()
     wide = weight.new_zeros(len(weight), count + weight.shape[1], *weight.shape[2:])
     wide[:, count:] = weight

@@ -34,8 +34,6 @@ def run(params: RestructureParams, workspace: Workspace) -> None:
     sources = {"data": data.digest, "model": model_digest(model)}
     require_same_source(workspace.out("slice"), **sources)
     is_needed, why = is_wanted(workspace, "restructure", params.when, **sources)
-    if is_needed and model.spec.tasks:
-        is_needed, why = False, f"{why}; but a model that was extended by new classes cannot be made smaller"
     batches = read_json(workspace.out("base") / "source.json", StageError)["batches"]
     with replacing(workspace.out("restructure")) as part:
         part.mkdir()

@@ -60,7 +60,7 @@ class Copy:
         """Run a command that must end with `code`."""
         before = os.times()
         process = self.start(*command, **env)
-        out, err = process.communicate(timeout=400)
+        out, err = process.communicate(timeout=900)
         after = os.times()
         cpu = after.children_user + after.children_system - before.children_user - before.children_system
         assert process.returncode == code, f"{command} ended with {process.returncode}\n{out}\n{err}"
@@ -97,8 +97,8 @@ class Copy:
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
-    """Wait at most two minutes."""
-    deadline = time.monotonic() + 120
+    """Wait at most five minutes."""
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
         time.sleep(0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import shutil
 import signal
@@ -190,7 +191,8 @@ def test_a_run_that_was_killed_with_its_worker_is_made_again_by_the_watcher(depl
     worker = deployed.worker()
     deployed.wait_for((root / "begun").exists, "the stage")
     for process in [*psutil.Process(worker.pid).children(recursive=True), psutil.Process(worker.pid)]:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself since
+            process.kill()
     worker.wait(60)
     deployed.wait_for(lambda: deployed.states()[0] == "Crashed", "the watcher")
     (root / "hold").unlink()

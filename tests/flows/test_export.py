@@ -20,6 +20,8 @@ from nss.ingest import demo
 from nss.model import build_model, load_model, save_model
 from nss.predict import predict
 from nss.size import count_macs, count_parameters
+from tasks.champion import unpin_champion
+from tasks.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., tuple[int, str, str]]
@@ -27,11 +29,12 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with parameters, the digits and a base model."""
+    """A workspace with parameters, the digits, a base model and no champion."""
     root = tmp_path_factory.mktemp("made") / "workspace"
     root.mkdir()
     (root / "dvc.yaml").write_text("stages: {}\n")
     shutil.copy(ROOT / "params.yaml", root)
+    unpin_champion(Workspace(root))
     demo(root / "data")
     save_model(build_model("nss.zoo:lenet", list("0123456789"), (1, 8, 8), seed=0), root / "artifacts/base/model")
     return root
@@ -63,7 +66,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
-def test_the_base_model_is_exported_checked_on_held_out_images_and_timed(workspace: Path, run: Run) -> None:
+def test_without_a_champion_the_base_model_is_exported_checked_on_held_out_images_and_timed(
+    workspace: Path, run: Run
+) -> None:
     code, out, err = run("model.onnx", "--json")
     assert code == 0, err
     found = json.loads(out)
@@ -71,7 +76,7 @@ def test_the_base_model_is_exported_checked_on_held_out_images_and_timed(workspa
     images = load_data("data").split("test").images[:256]
     answers = load_export("model.onnx")(images)
     difference = float((answers - predict(model, (images, torch.zeros(256, dtype=torch.int64)))[0]).abs().max())
-    assert (found["path"], found["format"], found["checked"]) == ("model.onnx", "onnx", 256)
+    assert (found["path"], found["format"], found["model"], found["checked"]) == ("model.onnx", "onnx", "base", 256)
     assert found["bytes"] == Path("model.onnx").stat().st_size
     assert found["difference"].keys() == {"1", "7", "64"}
     assert found["difference"]["64"] == pytest.approx(difference, abs=1e-5)
@@ -89,14 +94,15 @@ def test_a_named_model_goes_to_a_program_by_its_name_and_the_text_says_all(works
     lines = out.splitlines()
     size = Path("small.pt2").stat().st_size
     assert lines[0] == f"exported  small.pt2 (program, {size:,} bytes)"
-    assert lines[1].startswith("checked   256 held-out images in batches of 1, 7, 64: logits differ by at most ")
+    assert lines[1] == "model     mine"
+    assert lines[2].startswith("checked   256 held-out images in batches of 1, 7, 64: logits differ by at most ")
     model = load_model("mine")
     assert (
-        lines[2]
+        lines[3]
         == f"size      {count_macs(model):,} multiply-adds for an image, {count_parameters(model):,} parameters"
     )
-    assert "on cpu" in lines[3]
-    assert [line.split()[:3] for line in lines[4:]] == [["torch", "batch", "1:"], ["export", "batch", "1:"]]
+    assert "on cpu" in lines[4]
+    assert [line.split()[:3] for line in lines[5:]] == [["torch", "batch", "1:"], ["export", "batch", "1:"]]
 
 
 def test_outside_of_a_workspace_a_named_model_is_exported_and_not_checked(
@@ -104,7 +110,7 @@ def test_outside_of_a_workspace_a_named_model_is_exported_and_not_checked(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, _ = run(str(made / "artifacts/base/model"), "model.pt2")
-    assert (code, out.splitlines()[1].split(":")[0]) == (0, "checked   NOT CHECKED")
+    assert (code, out.splitlines()[2].split(":")[0]) == (0, "checked   NOT CHECKED")
     code, out, _ = run(str(made / "artifacts/base/model"), "model.pt2", "--data", str(made / "data"), "--json")
     assert (code, json.loads(out)["checked"]) == (0, 256)
 
@@ -146,7 +152,7 @@ def test_an_export_that_is_wrong_ends_with_two_and_no_file(
     ("arguments", "words"),
     [
         ([], "Missing argument"),
-        (["a", "b", "c.onnx"], "one model folder and one file"),
+        (["a", "b", "c.onnx"], "one model and one file"),
         (["model.bin"], "names ending in .onnx or .pt2"),
         (["model.pt2", "--format", "onnx"], "a file ending in .onnx"),
         (["model.onnx", "--format", "tflite"], "tflite"),
@@ -164,14 +170,15 @@ def test_a_mistake_is_two_a_message_and_no_file(arguments: list[str], words: str
     assert sorted(workspace.rglob("*")) == before
 
 
+@pytest.mark.parametrize("model", [[], ["models:/digits@champion"]], ids=["the default", "a version"])
 def test_without_a_model_folder_a_workspace_is_needed(
-    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    model: list[str], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, _, err = run("model.onnx")
+    code, _, err = run(*model, "model.onnx")
     assert (code, "no workspace" in err) == (2, True)
 
 
 def test_help_has_examples(run: Run) -> None:
     code, out, _ = run("--help")
-    assert (code, "nss export model.onnx" in out, "[MODEL_FOLDER] OUT" in out) == (0, True, True)
+    assert (code, "nss export model.onnx" in out, "[MODEL] OUT" in out) == (0, True, True)

@@ -64,6 +64,6 @@ def test_answers_do_not_depend_on_what_is_forgotten_meanwhile(networks: ModuleTy
     keeping = copy.deepcopy(model)
     assert isinstance(keeping.network, Columns)
     keeping.network._steps = tuple(replace(step, last=()) for step in keeping.network._steps)
-    images = networks.floats(5, SHAPE)
+    images = networks.pictures(5, SHAPE)
     with torch.no_grad():
         assert torch.equal(model(images), keeping(images))

@@ -21,7 +21,6 @@ from nss import files, tensor_files
 from nss.errors import ModelError, NssError
 from nss.model import (
     Classifier,
-    Normalise,
     build_model,
     load_model,
     model_digest,
@@ -98,14 +97,6 @@ def test_the_same_seed_gives_the_same_weights_and_the_generator_stays(networks: 
     digests = [model_digest(build_model("nss.zoo:lenet", networks.CLASSES, networks.SHAPE, seed)) for seed in (0, 0, 1)]
     assert torch.equal(torch.get_rng_state(), before)
     assert digests[0] == digests[1] != digests[2]
-
-
-def test_normalisation_is_inside_and_bytes_and_shares_are_the_same_image() -> None:
-    layer = Normalise((0.5, 0.25), (0.5, 0.125))
-    pixels = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 1, 1, 3).expand(1, 2, 1, 3)
-    expected = torch.tensor([[[-1.0, 1.0, -0.6]], [[-2.0, 6.0, -0.4]]])[None]
-    torch.testing.assert_close(layer(pixels), expected)
-    torch.testing.assert_close(layer(pixels.float() / 255), expected)
 
 
 def test_the_same_model_saved_twice_gives_equal_bytes(tmp_path: Path, networks: ModuleType) -> None:

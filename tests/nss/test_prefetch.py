@@ -6,10 +6,14 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nss.errors import DataError
+from nss.model import build_model
 from nss.prefetch import read_ahead
+from nss.profile import profile
 
 
 def ours() -> list[threading.Thread]:
@@ -49,3 +53,11 @@ def test_it_reads_no_further_ahead_than_asked_and_stops_when_nobody_listens() ->
     items.close()
     assert len(taken) <= 5
     assert ours() == []
+
+
+def test_a_profile_that_fails_leaves_no_reader_behind_whoever_keeps_the_error() -> None:
+    model = build_model("nss.zoo:lenet", ("a", "b"), (1, 8, 8), 0)
+    with pytest.raises(DataError) as caught:
+        profile(model, (torch.full((30, 1, 8, 8), 2.0), torch.arange(30) % 2), batch_size=1, prefetch=2)
+    assert ours() == []
+    assert caught.value.__traceback__ is not None

@@ -10,20 +10,24 @@ from typing import cast
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nss.base import train
 from nss.critical import critical_neurons
 from nss.data import Dataset, load_data
 from nss.drift import shifted
+from nss.errors import ModelError
 from nss.evaluate import evaluate
 from nss.extend import extend
 from nss.extend_report import told_accuracy
+from nss.finetune import fine_tune
 from nss.ingest import demo
 from nss.model import Classifier, build_model, load_model, model_digest, save_model
 from nss.profile import Profile, profile
 from nss.readapt import readapt
+from nss.restructure import restructure
 from nss.routing import Router
+from nss.size import count_macs
 from nss.slice import SemanticSlices, semantic_slices
 from nss.told import features_of, route_anew, tasks_apart, within_task
 from nss.wiring import Columns
@@ -138,3 +142,48 @@ def test_without_old_data_the_router_stays_as_it_was(grown: Grown) -> None:
     after = cast(Columns, found.model.network).router.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert tasks_apart(found.model).tolist() == [0] * 8 + [1] * 2
+
+
+def test_an_extended_model_becomes_smaller_loads_and_is_extended_again(grown: Grown, tmp_path: Path) -> None:
+    data, val = grown.data, grown.data.split("val")
+    smaller = restructure(grown.model, grown.slices, data, grown.profile, macs=0.4).model
+    assert count_macs(smaller) <= 0.4 * count_macs(grown.model)
+    assert evaluate(smaller, val).accuracy > evaluate(grown.model, val).accuracy - 0.02
+    # Its columns are what the factory makes, cut: nothing is left to be cut a second time.
+    assert smaller.spec.kept == {}
+    sizes = [cast(nn.Linear, each.get_submodule("fc2")).out_features for each in smaller.network.columns]
+    assert sizes == [len(each.kept["fc2"]) for each in smaller.spec.tasks]
+    save_model(smaller, tmp_path / "model")
+    again = load_model(tmp_path / "model")
+    assert torch.equal(again(val.images), smaller(val.images))
+    labels = torch.full((60,), 10)
+    further = extend(again, None, (255 - val.images[:60], labels), classes=("inverted",), epochs=1, seed=0).model
+    with torch.no_grad():
+        assert torch.equal(further(val.images)[:, :10], smaller(val.images))
+
+
+def test_the_router_of_a_smaller_model_learned_its_own_features(grown: Grown) -> None:
+    smaller = restructure(grown.model, grown.slices, grown.data, grown.profile, macs=0.4, fine_tune_steps=5).model
+    router, train_split = smaller.network.router, grown.data.split("train")
+    assert router.counts.tolist() == torch.bincount(train_split.labels).tolist()
+    rows = torch.cat([features for features, _ in features_of(smaller, train_split)])
+    assert rows.shape[1] == smaller.spec.features < grown.model.spec.features
+    torch.testing.assert_close(router.means[9], rows[train_split.labels == 9].mean(0), atol=1e-4, rtol=1e-4)
+    assert torch.equal(router.mixes, grown.model.network.router.mixes)
+
+
+def test_a_router_learns_anew_from_images_of_every_class_or_not_at_all(grown: Grown) -> None:
+    model = copy.deepcopy(grown.model)
+    eight = grown.data.of_classes(grown.data.classes[:8])
+    with pytest.raises(ModelError, match="no image of 8, 9 to tell the tasks apart by"):
+        fine_tune(model, eight, 1, 0)
+    before = cast(Columns, grown.model.network).router.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in model.network.router.state_dict().items())
+
+
+def test_fine_tuning_an_extended_model_is_told_the_task(grown: Grown) -> None:
+    """A loss over all classes leads through the router, whose odds are in the hundreds."""
+    model = copy.deepcopy(grown.model)
+    fine_tune(model, grown.data, 20, 0)
+    val = grown.data.split("val")
+    assert evaluate(model, val).accuracy > evaluate(grown.model, val).accuracy - 0.02

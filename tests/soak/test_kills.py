@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -49,7 +50,7 @@ class Started:
         family = psutil.Process(self.process.pid).children(recursive=True) if with_children else []
         self.process.kill()
         for each in family:
-            if each.is_running():
+            with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
         self.process.wait()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -47,7 +48,8 @@ def test_a_cycle_that_is_stopped_while_it_trains_ends_killed_everywhere(
         wait_for(lambda: not stages_of(copy), "the stage to end")
     finally:
         for each in [process, *stages_of(copy)]:
-            each.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
     runs = {run.data.tags["nss.kind"]: run for run in copy.runs()}
     assert {kind: run.info.status for kind, run in runs.items()} == {"cycle": "KILLED", "stage": "KILLED"}
     (state,) = prefect_states(server, runs["cycle"].data.tags["nss.process"])
