@@ -27,10 +27,18 @@ def report(
 
     It is one file that needs no network.
     """
+    from nss.errors import StageError
     from tasks.report import write_report
     from tasks.workspace import find_workspace
 
-    path, facts = write_report(find_workspace(), out)
+    try:
+        path, facts = write_report(find_workspace(), out)
+    except OSError as error:
+        raise StageError(
+            f"the page cannot be written ({error.strerror})",
+            where=str(out or error.filename or ""),
+            fix="name a file in a folder that you may write to with --out",
+        ) from error
     size = path.stat().st_size
     if as_json:
         content = {"path": str(path.resolve()), "bytes": size, "verdict": facts.verdict, "promoted": facts.promoted}

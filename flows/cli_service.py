@@ -8,6 +8,8 @@ import re
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from flows.watch import Trigger, Watching
+    from flows.watch import Trigger, Watcher, Watching
     from tasks.workspace import Workspace
 
 _MISTAKE = 2
@@ -57,16 +59,11 @@ def watch(
     workspace = find_workspace()
     watching = _watching(workspace, inbox, poll, settle, new_classes, resize)
     watcher = Watcher(workspace, watching, _trigger(workspace, name, retries), _tell)
-    if once:
-        taken = watcher.once()
-        raise typer.Exit(_MISTAKE if taken and taken.refused else 0)
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    _tell(f"watching {watching.inbox}")
-    try:
-        watcher.run(stop)
-    except KeyboardInterrupt:
-        _tell("stopped")
+    with _cut_off_by_sigterm():
+        if once:
+            taken = watcher.once()
+            raise typer.Exit(_MISTAKE if taken and taken.refused else 0)
+        _watch(watcher)
 
 
 def serve(
@@ -119,12 +116,12 @@ def announce(workspace: Workspace, name: str = "") -> None:
     from nss.errors import NssError
     from tasks.provenance import data_md5
 
-    deployment = Deployment(name or workspace.root.name)
+    deployment = Deployment(name or workspace.root.name, workspace.root)
     try:
         if deployment.find():
             deployment.emit(version_of(workspace, data_md5(workspace)), WANTED)
     except NssError as error:
-        sys.stderr.write(f"warning: {error.what}; a watcher finds the new data without the event\n")
+        sys.stderr.write(f"warning: {error.what}; a watcher finds the new data without the event\n  fix: {error.fix}\n")
 
 
 def size_of(text: str) -> tuple[int, int] | None:
@@ -144,12 +141,35 @@ def _quieten() -> None:
     os.environ.setdefault("PREFECT_RUNNER_POLL_FREQUENCY", "2")
 
 
+def _watch(watcher: Watcher) -> None:
+    """Watch until stopped by SIGTERM, after which nothing begins, or by Ctrl-C."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    _tell(f"watching {watcher.watching.inbox}")
+    with suppress(KeyboardInterrupt):
+        watcher.run(stop)
+    _tell("stopped")
+
+
+@contextmanager
+def _cut_off_by_sigterm() -> Iterator[None]:
+    """Die by SIGTERM, as `nss run` does, when it has ended a cycle."""
+    from prefect.exceptions import TerminationSignal
+
+    try:
+        yield
+    except TerminationSignal:
+        _tell("stopped")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _trigger(workspace: Workspace, name: str, retries: int) -> Trigger:
     from flows.deployment import Deployment, has_server
     from flows.watch import Here, There
 
     if has_server():
-        return There(workspace, Deployment(name or workspace.root.name), _tell)
+        return There(workspace, Deployment(name or workspace.root.name, workspace.root), _tell)
     return Here(workspace, retries, _tell)
 
 

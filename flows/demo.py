@@ -23,7 +23,7 @@ from tasks.workspace import Workspace
 OLD, FIRST = 8, 1200
 STRENGTH = 2
 SETTINGS = {
-    "triage.budgets.macs": 1_500_000,
+    "triage.budgets.macs": 2_200_000,
     "register.promote": "auto",
     "readapt.guard": 3.0,
     # The gate forgives one picture in a hundred, and there are few: what tells the old classes stays as it is, and

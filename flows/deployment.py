@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from itertools import count
+from pathlib import Path
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -83,6 +84,13 @@ def require_server(who: str) -> None:
         )
 
 
+def require_answer() -> None:
+    """Raise NssError when the Prefect server that is named does not answer."""
+    with _client() as client:
+        if problem := client.api_healthcheck():
+            raise problem
+
+
 def is_going(run: FlowRun) -> bool:
     """Say whether the run has begun and not ended."""
     return run.state_type in _GOING
@@ -91,7 +99,7 @@ def is_going(run: FlowRun) -> bool:
 def cover(version: Version, runs: Sequence[FlowRun]) -> Cover:
     """Say whether a run covers the version. Runs that crashed, or were shut down with the service, do not.
 
-    >>> cover(version_of(workspace, data_md5(workspace)), Deployment("digits").runs())  # doctest: +SKIP
+    >>> cover(version_of(workspace, data_md5(workspace)), Deployment("digits", workspace.root).runs())  # doctest: +SKIP
     <Cover.DONE: 'done'>
     """
     if any(is_going(run) or run.state_type is StateType.SCHEDULED for run in runs):
@@ -114,19 +122,21 @@ def _has_worked(run: FlowRun) -> bool:
 
 
 class Deployment:
-    """The deployment `maintain/NAME`.
+    """The deployment `maintain/NAME` of the workspace at `root`; one of that name with another root is never used.
 
-    >>> Deployment("digits").runs()  # doctest: +SKIP
+    Everything but `emit` raises NssError for such a one, and all without an answer from the server.
+
+    >>> Deployment("digits", Path("/srv/digits")).runs()  # doctest: +SKIP
     [FlowRun(...)]
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, root: Path) -> None:
+        self.name, self.root = name, root
 
     def find(self) -> DeploymentResponse | None:
-        """Return what the server knows of it, None when it does not know it. Raises NssError without an answer."""
+        """Return what the server knows of it, None when it does not know it."""
         with _client() as client:
-            return _read(client, self.name)
+            return self._own(client)
 
     def runs(self) -> list[FlowRun]:
         """Return its newest runs, without those that are to start later. Raises NssError when it does not exist."""
@@ -174,8 +184,23 @@ class Deployment:
         with _client() as client:
             client.request("POST", "/events", json=[event.model_dump(mode="json")])
 
+    def _own(self, client: SyncPrefectClient) -> DeploymentResponse | None:
+        try:
+            found = client.read_deployment_by_name(f"{FLOW}/{self.name}")
+        except ObjectNotFound:
+            return None
+        other = found.parameters.get("root")
+        if other and Path(other).resolve() != self.root.resolve():
+            raise NssError(
+                f"the deployment {FLOW}/{self.name} is that of another workspace, {other}",
+                where=str(PREFECT_API_URL.value()),
+                fix="choose another name with --name, or rename this workspace's folder; "
+                f"if nobody needs that one any more, `prefect deployment delete {FLOW}/{self.name}`",
+            )
+        return found
+
     def _required(self, client: SyncPrefectClient) -> DeploymentResponse:
-        found = _read(client, self.name)
+        found = self._own(client)
         if found is None:
             raise NssError(
                 f"the Prefect server knows no deployment {FLOW}/{self.name}",
@@ -207,13 +232,6 @@ def answering() -> Iterator[None]:
 def _client() -> Iterator[SyncPrefectClient]:
     with answering(), get_client(sync_client=True) as client:
         yield client
-
-
-def _read(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:
-    try:
-        return client.read_deployment_by_name(f"{FLOW}/{name}")
-    except ObjectNotFound:
-        return None
 
 
 def _runs(client: SyncPrefectClient, deployment: DeploymentResponse) -> list[FlowRun]:

@@ -8,10 +8,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nss.errors import NssError, first_line
+from nss.errors import DataError, NssError, first_line
 from tasks.workspace import Workspace, find_workspace, with_packages
+
+if TYPE_CHECKING:
+    from tasks.params import BaseParams
 
 # What is imported, and the name that it is installed by.
 _PACKAGES = {
@@ -63,7 +66,8 @@ def _run(name: str, check: Callable[[], str]) -> Finding:
     except NssError as error:
         problems = "; ".join(getattr(error, "problems", ()))
         return Finding(name, False, f"{error.what.splitlines()[0]}{': ' if problems else ''}{problems}", error.fix)
-    except Exception as error:
+    # A module of the user's own may end Python when it is imported.
+    except (Exception, SystemExit) as error:
         first = first_line(error)
         return Finding(name, False, f"{type(error).__name__}: {first}")
 
@@ -101,7 +105,37 @@ def _dvc(workspace: Workspace) -> str:
 def _params(workspace: Workspace) -> str:
     from tasks.params import load_params
 
-    return ", ".join(type(load_params(workspace.params)).model_fields)
+    params = load_params(workspace.params)
+    if _trains(workspace):
+        _require_network(with_packages(workspace, params.base.packages), params.base)
+    return ", ".join(type(params).model_fields)
+
+
+def _trains(workspace: Workspace) -> bool:
+    from tasks.champion import read_champion
+
+    try:
+        return read_champion(workspace) is None
+    except NssError:
+        # The check of the champion says what is wrong with it.
+        return False
+
+
+def _require_network(workspace: Workspace, base: BaseParams) -> None:
+    """Raise what is wrong with the network that the stage base would train, as far as a look can tell."""
+    from nss.data import load_data
+    from nss.model import build_model, find_factory
+    from nss.sites import find_sites
+
+    try:
+        data = load_data(workspace.data, verify=False)
+    except DataError:
+        # Which images it would get is not known: the check of the data says why.
+        find_factory(base.factory, workspace.packages)
+        return
+    shape, allow = data.image_shape, workspace.packages
+    model = build_model(base.factory, data.classes, shape, base.seed, arguments=base.arguments, allow=allow)
+    find_sites(model.network, shape)
 
 
 def _data(workspace: Workspace) -> str:

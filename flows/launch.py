@@ -61,9 +61,11 @@ class Server:
         return server
 
     def wait(self) -> None:
-        """Return when the temporary server answers. Raises NssError when it does not within two minutes."""
+        """Return when the server answers. Raises NssError when it does not: a temporary one within two minutes."""
         if self.process is None:
-            return
+            from flows.deployment import require_answer
+
+            return require_answer()
         deadline = time.monotonic() + _PATIENCE_S
         while time.monotonic() < deadline and self.process.poll() is None:
             try:

@@ -55,11 +55,12 @@ def serve(workspace: Workspace, serving: Serving, tell: Tell) -> None:
     BusyError when this workspace is served already.
     """
     require_server("nss serve")
-    options, served = deployment_options(workspace, serving), Deployment(serving.name)
+    options, served = deployment_options(workspace, serving), Deployment(serving.name, workspace.root)
     with exclusive(workspace, what="serve"):
         for line in recover(workspace):
             tell(line)
-        _require_own(served, workspace)
+        # Another workspace's is refused before ours would replace it.
+        served.find()
         with answering():
             runner = _runner(serving.name, options)
         if not is_held(workspace):
@@ -124,17 +125,6 @@ def _schedules(serving: Serving) -> list[CronSchedule]:
             where="--cron",
             allowed='minute hour day month weekday, for example "0 3 * * *"',
         ) from None
-
-
-def _require_own(served: Deployment, workspace: Workspace) -> None:
-    found = served.find()
-    other = found and found.parameters.get("root")
-    if other and other != str(workspace.root):
-        raise NssError(
-            f"the deployment {FLOW}/{served.name} is that of another workspace, {other}",
-            where=str(PREFECT_API_URL.value()),
-            fix="choose another name with --name, or delete that one: `prefect deployment delete`",
-        )
 
 
 def _runner(name: str, options: dict[str, Any]) -> Runner:

@@ -146,9 +146,13 @@ def _slice_line(each: dict[str, Any]) -> str:
 
 
 def _mlflow_hint(report: CycleReport) -> str:
-    if report.tracking_uri.startswith("http"):
-        return f"{report.tracking_uri.rstrip('/')}/#/experiments/{report.experiment_id}/runs/{report.run_id}"
-    return f"mlflow ui --backend-store-uri {report.tracking_uri}"
+    # It imports MLflow, which a cycle has imported already and most commands need not wait for.
+    from tasks.tracking import shown_uri
+
+    uri = shown_uri(report.tracking_uri)
+    if uri.startswith("http"):
+        return f"{uri.rstrip('/')}/#/experiments/{report.experiment_id}/runs/{report.run_id}"
+    return f"mlflow ui --backend-store-uri {uri}"
 
 
 def _prefect_hint(report: CycleReport, is_temporary: bool) -> str:

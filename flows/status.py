@@ -6,20 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from flows.deployment import Deployment, has_server, is_going
-from nss.errors import NssError
+from nss.errors import NssError, first_line
 from nss.files import read_json
 from tasks.champion import read_champion
 from tasks.inbox import Inbox
 from tasks.lock import is_held
 from tasks.provenance import data_md5
-from tasks.tracking import open_tracker
+from tasks.registry import store_errors
+from tasks.tracking import open_tracker, tracking_uri
 from tasks.workspace import Workspace
 
 
 def status(workspace: Workspace, inbox: Path, name: str) -> dict[str, Any]:
     """Return champion, version of data/, last cycle, verdict, entries of the inbox and what is running.
 
-    name: of the deployment. What cannot be told is None: no champion, no cycle yet, no server.
+    name: of the deployment. What there is not is None: no champion, no cycle yet, no server. A store or a server that
+    does not answer is {"error": why}.
     """
     champion = read_champion(workspace)
     return {
@@ -29,16 +31,22 @@ def status(workspace: Workspace, inbox: Path, name: str) -> dict[str, Any]:
         "verdict": _verdict(workspace, champion.model if champion else ""),
         "inbox": {"folder": str(inbox), "pending": list(Inbox(inbox).pending())},
         "is_working": is_held(workspace),
-        "server": _server(name) if has_server() else None,
+        "server": _server(workspace, name) if has_server() else None,
     }
 
 
 def _last_cycle(workspace: Workspace) -> dict[str, Any] | None:
-    """Return the newest cycle in the tracking store; None when there is none, or the store does not answer."""
+    """Return the newest cycle in the tracking store, None when there is none, or the error that kept it from answering.
+
+    Whatever the error is: who looks where a workspace stands is to be told the rest all the same.
+    """
     try:
-        run = open_tracker(workspace).find(kind="cycle")
-    except Exception:
-        return None
+        with store_errors(tracking_uri(workspace)):
+            run = open_tracker(workspace).find(kind="cycle")
+    except NssError as error:
+        return {"error": error.what}
+    except Exception as error:
+        return {"error": f"the tracking store does not answer as it should ({first_line(error)})"}
     if run is None:
         return None
     head, tail = "nss.stage.", ".outcome"
@@ -68,9 +76,9 @@ def _verdict(workspace: Workspace, champion: str) -> dict[str, Any] | None:
     return {"verdict": decision["verdict"], "promoted": verb, "waits": waits}
 
 
-def _server(name: str) -> dict[str, Any]:
+def _server(workspace: Workspace, name: str) -> dict[str, Any]:
     """Return what the Prefect server knows of the deployment, or the error that kept it from answering."""
-    deployment = Deployment(name)
+    deployment = Deployment(name, workspace.root)
     try:
         found = deployment.find()
         runs = deployment.runs() if found else []
@@ -105,6 +113,8 @@ def text(content: dict[str, Any]) -> str:
 
 
 def _cycle_words(cycle: dict[str, Any], md5: str) -> str:
+    if "error" in cycle:
+        return str(cycle["error"])
     counts: dict[str, int] = {}
     for outcome in cycle["outcomes"].values():
         counts[outcome] = counts.get(outcome, 0) + 1

@@ -5,16 +5,19 @@ Only what lies on the disk and on the Prefect server counts, so nothing is lost 
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
 from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun
+from prefect.exceptions import TerminationSignal
 
 from flows.deployment import MADE, TRIES, Cover, Deployment, Version, cover, is_going
 from nss.errors import BusyError, NssError
@@ -27,6 +30,7 @@ from tasks.workspace import Workspace
 Tell = Callable[[str], None]
 # What data_md5 says when there is no data.dvc.
 UNKNOWN = "unknown"
+_NEVER = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,20 @@ class Trigger(Protocol):
         """
 
 
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end by TerminationSignal what runs inside, as Prefect does once its flow has begun."""
+
+    def end(number: int, _: object) -> None:
+        raise TerminationSignal(signal=number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class Here:
     """Cycles in this process, for whoever has no Prefect server."""
 
@@ -64,6 +82,7 @@ class Here:
         """Say yes: this process runs one thing after another, and the workspace's lock keeps others out."""
         return True
 
+    @_ended_by_sigterm()
     def fire(self, md5: str, *, is_own: bool) -> bool:
         """Run a cycle if a stage is out of date. One that fails is not run again for the same version."""
         if md5 == self._tried or is_up_to_date(self.workspace):
@@ -164,11 +183,16 @@ class Watcher:
         self._settled, self._own = UNKNOWN, ""
         self._said, self._waiting = "", ""
 
-    def step(self) -> Taken | None:
-        """Take what has settled, and see to it that a new version of data/ gets its run. Returns what was taken."""
-        taken = self._take()
+    def step(self, stop: threading.Event = _NEVER) -> Taken | None:
+        """Take what has settled, and see to it that a new version of data/ gets its run. Returns what was taken.
+
+        Once told to stop it begins neither.
+        """
+        taken = self._take(stop)
         md5 = data_md5(self.workspace)
-        if md5 not in (self._settled, UNKNOWN) and self.trigger.fire(md5, is_own=md5 == self._own):
+        if stop.is_set() or md5 in (self._settled, UNKNOWN):
+            return taken
+        if self.trigger.fire(md5, is_own=md5 == self._own):
             self._settled = md5
         return taken
 
@@ -182,7 +206,7 @@ class Watcher:
         """Look every `poll` seconds until told to stop. What goes wrong is told and does not end it."""
         while not stop.is_set():
             try:
-                self.step()
+                self.step(stop)
                 self._said = ""
             except NssError as error:
                 self._complain(str(error))
@@ -190,12 +214,14 @@ class Watcher:
                 self._complain("".join(traceback.format_exception(error)).strip())
             stop.wait(self.watching.poll)
 
-    def _take(self) -> Taken | None:
+    def _take(self, stop: threading.Event) -> Taken | None:
         entries = self.inbox.settled()
         if not entries:
             return None
         if not self.trigger.is_free():
             self._say_waiting(entries)
+            return None
+        if stop.is_set():
             return None
         before = data_md5(self.workspace)
         taken = take(self.workspace, entries, new_classes=self.watching.new_classes, resize=self.watching.resize)

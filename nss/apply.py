@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import Tensor
 
-from nss.data import Data, train_part
+from nss.data import Data, train_part, val_part
 from nss.errors import RestructureError
 from nss.merge import Reading, fold, readings
 from nss.model import Classifier, evaluating
@@ -46,7 +46,8 @@ def apply_plan(
     smaller = refitted(model, sites, list(readings(model.network, sites, profiled)), stay, sample, seed)
     if model.spec.tasks:
         narrow(smaller)
-        route_anew(smaller, [train_part(data)])
+        held_out = val_part(data)
+        route_anew(smaller, [train_part(data)], [] if held_out is None else [held_out])
     smaller.spec = replace(smaller.spec, parent=plan.model)
     return smaller
 

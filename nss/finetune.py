@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from nss.data import Data
+from nss.data import Data, val_part
 from nss.errors import ModelError
 from nss.model import Classifier, device_of, evaluating
 from nss.steps import sgd, step, training_images
@@ -55,7 +55,8 @@ def fine_tune(
     finally:
         model.eval()
     if tasks is not None:
-        route_anew(cast(Classifier, model), [(images, labels)])
+        held_out = val_part(data)
+        route_anew(cast(Classifier, model), [(images, labels)], [] if held_out is None else [held_out])
 
 
 def batches(count: int, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -16,13 +16,12 @@ Kept = Mapping[str, tuple[int, ...]]
 def narrow(model: Classifier) -> None:
     """Write, in place, what `remove` cut into the tasks of an extended model, and give it a router for what is left.
 
-    The router keeps how it weighs its evidence; it has still to learn what the classes look like (`route_anew`).
+    The router has still to learn what the classes look like, and how to weigh its evidence (`route_anew`).
     """
     spec, network = model.spec, cast(Columns, model.network)
     tasks = tuple(Task(each.classes, _left(each.kept, spec.kept, place)) for place, each in enumerate(spec.tasks))
     views, features = choose_views(network.columns[0], spec.input_shape)
     router = Router(views, features, [each.classes for each in tasks])
-    router.mixes.copy_(network.router.mixes)
     network.router = router.to(network.router.means.device)
     model.spec = replace(spec, kept={}, tasks=tasks, views=views, features=features)
 

@@ -98,7 +98,8 @@ def readapt(
     their targets the original's answers are, 0 to 1. categories: the affected ones, default those of the new samples.
     patience: epochs without a better accuracy on held-out new samples after which to stop.
     An extended model is tuned told which task an image is of, and old_data, together with the new samples, teaches its
-    router anew what tells the tasks apart; without it the router stays as it was, and mistakes more images.
+    router anew what tells the tasks apart, and how much that counts; without it the router stays as it was, and
+    mistakes more images.
 
     A part of the new samples (a Dataset's val split, else a tenth of each class) is held out. Of the epochs, the
     original included, whose accuracy there is within one standard error of the best, the one is kept that harms old
@@ -133,7 +134,9 @@ def readapt(
     result, total = _dressed(model, thaw(frozen)), count_parameters(model)
     moved = _moved(model, result)
     if tasks is not None and old is not None:
-        route_anew(cast(Classifier, result), [(each.images, each.labels) for each in (old, new)])
+        learned = [(each.images, each.labels) for each in (old, new)]
+        others = [(each.images, each.labels) for each in (judged, held_out) if each]
+        route_anew(cast(Classifier, result), learned, others)
     report = ReadaptReport(
         curve=tuple(course.curve),
         kept_epoch=course.kept,

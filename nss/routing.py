@@ -81,10 +81,14 @@ class Router(nn.Module):
             joined = torch.cat([joined, own.log_softmax(1) + level + odds], 1)
         return joined
 
-    def evidence(self, logits: Sequence[Tensor], features: Tensor) -> Tensor:
-        """Return what speaks for the last column's classes, [n, 3]; the arguments are those of `forward`."""
-        joined = self(logits, features)[:, : -self.classes[-1]]
-        return evidence(self.gates[-1](features), joined, logits[-1])
+    def evidence(self, logits: Sequence[Tensor], features: Tensor, gate: int = -1) -> Tensor:
+        """Return what speaks for the classes of a gate's column against all before, [n, 3].
+
+        logits, features: as of `forward`. gate: its number, of the second column 0; default the last.
+        """
+        column = range(1, len(self.classes))[gate]
+        joined = self(logits, features)[:, : sum(self.classes[:column])]
+        return evidence(self.gates[gate](features), joined, logits[column])
 
     def take_over(self, earlier: Router) -> None:
         """Copy gates and statistics of a router with fewer columns."""

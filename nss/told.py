@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nss.data import Data, iter_batches
 from nss.errors import ModelError
 from nss.model import Classifier, device_of, evaluating
+from nss.routing import PLAIN, fit_mix
 from nss.wiring import Columns
 
 # Not infinite: a soft target of 0 times it must be 0.
@@ -64,11 +65,39 @@ def check_classes(model: Classifier, labels: Tensor) -> None:
         )
 
 
-def route_anew(model: Classifier, parts: Sequence[Data]) -> None:
+def route_anew(model: Classifier, parts: Sequence[Data], held_out: Sequence[Data] = ()) -> None:
     """Learn again, in place, what tells the tasks apart, from images of all classes: features that moved look new.
 
-    parts: labelled images, together of every class. Raises ModelError, and changes nothing, where one has none.
+    parts: labelled images, together of every class. held_out: others, which nothing was learned from; how a gate weighs
+    its evidence is fitted on them, and without images of both sides of it, it goes by its features alone.
+    Raises ModelError, and changes nothing, where a class has no image.
     """
     batches = [batch for part in parts for batch in features_of(model, part)]
     check_classes(model, torch.cat([labels for _, labels in batches]))
     cast(Columns, model.network).router.learn_anew(batches)
+    _weigh_anew(model, held_out)
+
+
+@torch.no_grad()
+def _weigh_anew(model: Classifier, held_out: Sequence[Data]) -> None:
+    network, tasks = cast(Columns, model.network), tasks_of(model)
+    rows = [row for part in held_out for row in _parts_of(model, part)]
+    found = torch.cat([torch.zeros(0, dtype=torch.int64), *(tasks[labels] for _, _, labels in rows)])
+    # In order: what speaks for a column is held against how the earlier gates decide.
+    for gate in range(len(network.router.gates)):
+        new = (found == gate + 1)[found <= gate + 1]
+        mix = torch.tensor(PLAIN)
+        if bool(new.any()) and not bool(new.all()):
+            seen = torch.cat([network.router.evidence(logits, features, gate) for logits, features, _ in rows])
+            mix = fit_mix(seen[(found <= gate + 1).to(seen.device)], new)
+        network.router.mixes[gate] = mix.to(network.router.mixes)
+
+
+def _parts_of(model: Classifier, data: Data) -> list[tuple[list[Tensor], Tensor, Tensor]]:
+    """Return the logits of each column, the router's features and the labels, by batches."""
+    network = cast(Columns, model.network)
+    with evaluating(model):
+        return [
+            (*network.parts(model.normalise(images.to(device_of(model)))), labels.cpu().long())
+            for images, labels in iter_batches(data, 500)
+        ]

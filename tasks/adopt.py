@@ -29,7 +29,7 @@ from tasks.ledger import locked
 from tasks.lineage import find_version
 from tasks.params import BaseParams, Params
 from tasks.pipeline import Pipeline
-from tasks.promotion import Move, make, place_of, resume
+from tasks.promotion import Move, make, place_of, restore, resume
 from tasks.provenance import data_md5, provenance_tags
 from tasks.register import Registered
 from tasks.registry import PREVIOUS, Registry, Version, figure_tags, version_key
@@ -84,6 +84,9 @@ def adopt(
             _require_knowledge(scores, origin)
         save_model(model, Path(folder) / "adopted")
         candidate = _Candidate(model, Path(folder) / "adopted", data, scores, origin)
+        pin, registry = read_champion(workspace), Registry(tracker, params.register.name)
+        if pin and pin.model != candidate.digest:
+            restore(workspace, registry)
         version = _registered(workspace, params, tracker, candidate)
         return Adopted(origin, scores, _promote(workspace, params, tracker, candidate, version, forced, reason))
 
@@ -278,6 +281,7 @@ def _promote(
 ) -> Registered:
     registry, pin = Registry(tracker, version.name), read_champion(workspace)
     if pin and (pin.name, pin.version, pin.model) == (version.name, version.number, version.model):
+        restore(workspace, registry)
         return Registered("", "promoted", VERB, version, registry.by_alias(PREVIOUS))
     was, previous = place_of(workspace, registry, version)
     scores = candidate.scores

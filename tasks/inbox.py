@@ -108,7 +108,8 @@ def take(
 
     One that is another when it has been read, or gone, is neither: somebody wrote to it, or took it, meanwhile.
 
-    Raises BusyError while a cycle runs, and DataError when data/ itself cannot be used; then every entry stays.
+    Raises BusyError while a cycle or a stage runs, DataError when data/ itself cannot be used, and StageError when
+    data.dvc cannot be written; then every entry stays.
     """
     arrived, refused = [], []
     prints = [_print(entry) for entry in entries]

@@ -10,18 +10,23 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dvc.exceptions import DvcException
 from dvc.repo import Repo
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from nss.errors import StageError
+from nss.errors import StageError, first_line
 from nss.files import replacing, write_json
 from tasks.own_code import own_code
+from tasks.params import RegisterParams
 from tasks.workspace import Workspace
 
 CODE = "nss-code.yaml"
@@ -53,6 +58,9 @@ _BUDGETS = tuple(f"triage.budgets.{name}" for name in ("parameters", "macs", "by
 _WIDE = 4096
 _DVC_CONFIG = "[core]\n    analytics = false\n    autostage = false\n"
 _DVC_IGNORED = ("__pycache__", "*.pyc")
+_FILES = (".dvc/config", ".dvcignore", ".gitignore", "champion.json", "dvc.yaml", CODE, "params.yaml")
+# What DVC refuses to work with where git ignores it.
+_TRACKED = (".dvc/config", "dvc.yaml", "dvc.lock", "data.dvc", "champion.dvc")
 
 
 @dataclass(frozen=True)
@@ -65,15 +73,51 @@ class LaidOut:
     """whether git had to be told to version this folder"""
 
 
-def lay_out(root: Path, name: str) -> LaidOut:
+def lay_out(root: Path, name: str = "") -> LaidOut:
     """Make `root` a workspace: stages, settings, an empty pin, an inbox, and what git and DVC are to leave alone.
 
-    name: of the model in the registry. A file .gitignore or .dvcignore that is there gets the lines that it lacks.
-    Raises StageError, with nothing changed, when `root` is a workspace already or git is not installed.
+    name: of the model in the registry; by default the folder's, with - for what such a name may not hold. A file
+    .gitignore or .dvcignore that is there gets the lines that it lacks.
+
+    Raises StageError, with nothing changed, when the name is not allowed, `root` is a workspace already, is no folder,
+    cannot be written or has ignore files that nss cannot work with, or git is not installed.
 
     >>> lay_out(Path("cats"), "cats").files  # doctest: +SKIP
     ('.dvc/config', '.dvcignore', '.gitignore', 'champion.json', 'dvc.yaml', 'nss-code.yaml', 'params.yaml')
     """
+    name = _model_name(name, root.name)
+    try:
+        _require_free(root)
+        with _whole_or_nothing(root):
+            return LaidOut(Workspace(root), _FILES, _write_all(root, name))
+    except (OSError, UnicodeDecodeError, DvcException) as error:
+        raise StageError(
+            f"the workspace cannot be laid out ({getattr(error, 'strerror', None) or first_line(error)})",
+            where=str(getattr(error, "filename", None) or root),
+            allowed="a folder that you may write to, or a new one",
+        ) from error
+
+
+def _model_name(given: str, folder: str) -> str:
+    # The command gives the folder's name where the user gave none.
+    if given not in ("", folder):
+        if not _is_name(given):
+            allowed = RegisterParams.model_fields["name"].description or ""
+            raise StageError(f"the name {given!r} is not allowed", where="--name", allowed=allowed)
+        return given
+    fitting = "".join(each if _is_name(f"a{each}") else "-" for each in folder)
+    return fitting.lstrip(".-") or "model"
+
+
+def _is_name(name: str) -> bool:
+    try:
+        RegisterParams(name=name, promote="manual", commit=False)
+    except ValidationError:
+        return False
+    return True
+
+
+def _require_free(root: Path) -> None:
     there = [each for each in ("dvc.yaml", "params.yaml", "champion.json", CODE) if (root / each).exists()]
     if there:
         raise StageError(
@@ -81,7 +125,30 @@ def lay_out(root: Path, name: str) -> LaidOut:
             where=str(root),
             fix="choose another folder, or move them away: nothing is overwritten",
         )
+
+
+@contextmanager
+def _whole_or_nothing(root: Path) -> Iterator[None]:
+    """Take back what the block has written below `root`, and `root` if it is new, when the block fails."""
+    places = [*reversed(root.parents), root, *(root / name for name in (".git", ".dvc", "inbox", *_FILES))]
+    new = [place for place in places if not place.exists()]
+    kept = {place: place.read_bytes() for place in (root / ".gitignore", root / ".dvcignore") if place.is_file()}
+    try:
+        yield
+    except BaseException:
+        for place in new:
+            with suppress(OSError):
+                shutil.rmtree(place) if place.is_dir() else place.unlink()
+        for place, content in kept.items():
+            place.write_bytes(content)
+        raise
+
+
+def _write_all(root: Path, name: str) -> bool:
+    """Write the files of a workspace. Returns whether git had to be told to version the folder."""
     root.mkdir(parents=True, exist_ok=True)
+    for each in (".gitignore", ".dvcignore"):
+        _text(root / each)
     is_new = _version(root)
     template = _template()
     _write(root / "params.yaml", (template / "params.yaml").read_text(encoding="utf-8"))
@@ -93,8 +160,7 @@ def lay_out(root: Path, name: str) -> LaidOut:
     write_json(root / "champion.json", {"version": None})
     # Last: it is what makes the folder a workspace.
     _write(root / "dvc.yaml", _HEADER + _yaml(_stages(template / "dvc.yaml")))
-    files = (".dvc/config", ".dvcignore", ".gitignore", "champion.json", "dvc.yaml", CODE, "params.yaml")
-    return LaidOut(Workspace(root), files, is_new)
+    return is_new
 
 
 def set_params(path: Path, settings: Mapping[str, Any]) -> None:
@@ -175,6 +241,7 @@ def _version(root: Path) -> bool:
     is_new = not _is_versioned(root)
     if is_new:
         _git(root, "init", "--quiet")
+    _require_tracked(root)
     if not (root / ".dvc").is_dir():
         top = Path(_git(root, "rev-parse", "--show-toplevel").strip()).resolve()
         Repo.init(str(root), subdir=top != root.resolve()).close()
@@ -186,6 +253,16 @@ def _is_versioned(root: Path) -> bool:
     """Say whether the folder lies in a repository that does not ignore it: DVC refuses one that does."""
     inside = _run_git(root, "rev-parse", "--is-inside-work-tree").returncode == 0
     return inside and _run_git(root, "check-ignore", "--quiet", ".").returncode != 0
+
+
+def _require_tracked(root: Path) -> None:
+    ignored = _run_git(root, "check-ignore", *_TRACKED).stdout.splitlines()
+    if ignored:
+        raise StageError(
+            f"git ignores {', '.join(ignored)}",
+            where=str(root),
+            fix=f"take out the line that does: `git check-ignore -v {ignored[0]}` names it",
+        )
 
 
 def _git(root: Path, *arguments: str) -> str:
@@ -203,11 +280,18 @@ def _run_git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _add_lines(path: Path, lines: tuple[str, ...]) -> None:
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    text = _text(path)
     missing = [line for line in lines if line not in text.splitlines()]
     if missing:
         start = f"{text.rstrip()}\n" if text.strip() else ""
         _write(path, start + "".join(f"{line}\n" for line in missing))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+    except UnicodeDecodeError as error:
+        raise StageError("the file is not UTF-8", where=str(path), fix="save it as UTF-8") from error
 
 
 def _yaml(content: Any) -> str:

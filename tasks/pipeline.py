@@ -11,14 +11,16 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import chdir, contextmanager
+from contextlib import AbstractContextManager, ExitStack, chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-from dvc.exceptions import DvcException
+from dvc.dvcfile import is_git_ignored
+from dvc.exceptions import CheckoutError, DvcException
 from dvc.repo import Repo
+from dvc.rwlock import rwlock
 from dvc.stage.exceptions import StageCmdFailedError
 
 from nss.errors import NssError, StageError
@@ -36,6 +38,12 @@ LOG = "NSS_STAGE_LOG"
 """Environment variable naming the file that takes what a stage prints."""
 OWNER = "NSS_STAGE_OWNER"
 """Environment variable of a stage that says which process began it, see `tasks.processes.process_id`."""
+
+# What nss versions without a stage, and what there is instead of bringing it from a remote.
+_POINTERS = {
+    "data.dvc": ("a data set", ", or `nss data demo` for the digits"),
+    "champion.dvc": ("a model", ""),
+}
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,27 @@ class Pipeline:
             (stage,) = repo.stage.collect("data.dvc")
             return any(out.changed_checksum() for out in stage.outs)
 
+    def require_repository(self) -> None:
+        """Raise StageError where DVC versions nothing."""
+        with self._repo():
+            pass
+
+    @contextmanager
+    def holding_data(self) -> Iterator[None]:
+        """Keep every stage and whoever else works by DVC off data/ in this block.
+
+        Raises BusyError when one is at work on it, and StageError when git ignores data.dvc, which DVC refuses.
+        """
+        with ExitStack() as held:
+            with self._repo() as repo, repo.lock:
+                pointer = self.workspace.root / "data.dvc"
+                if is_git_ignored(repo, str(pointer)):
+                    fix = f"take out the line that does: `git check-ignore -v {pointer.name}` names it"
+                    raise StageError("git ignores data.dvc", where=str(pointer), fix=fix)
+                held.enter_context(_writing(repo, self.workspace.data))
+            # It ends without DVC's lock: whoever has that one for long would make a failure of what is done.
+            yield
+
     def add_data(self) -> None:
         """Commit data/ as it is to data.dvc. An equal data set leaves data.dvc as it was, byte for byte."""
         if self.has_changed_data() is not False:
@@ -130,7 +159,7 @@ class Pipeline:
         with self._repo() as repo:
             damaged = drop_damaged_lists(repo, pointer)
             if not damaged:
-                repo.checkout(targets=[pointer])
+                self._check_out(repo, pointer)
                 damaged = drop_damaged(repo, pointer)
         if damaged:
             raise StageError(
@@ -138,6 +167,20 @@ class Pipeline:
                 where=str(self.workspace.root / pointer),
                 fix=f"`dvc pull {pointer}` where there is a remote, or make it again: `nss data add`, `nss data demo`",
             )
+
+    def _check_out(self, repo: Repo, pointer: str) -> None:
+        try:
+            repo.checkout(targets=[pointer])
+        except CheckoutError as error:
+            (stage,) = repo.stage.collect(pointer)
+            if not any(out.changed_cache() for out in stage.outs):
+                raise
+            what, instead = _POINTERS[pointer]
+            raise StageError(
+                f"{pointer} names {what} whose files are not here",
+                where=str(self.workspace.root / stage.outs[0].def_path),
+                fix=f"bring them with `dvc pull {pointer}`{instead}",
+            ) from error
 
     def drop_broken_files(self) -> list[str]:
         """Remove dvc.lock and DVC's list of who works where when a kill or a full disk has cut them off; name them.
@@ -239,6 +282,12 @@ def _mark(path: Path) -> tuple[int, ...]:
     except FileNotFoundError:
         return ()
     return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _writing(repo: Repo, path: Path) -> AbstractContextManager[None]:
+    """Have DVC note that this process writes the file or folder; what it does there by DVC meanwhile is let through."""
+    hardlink = repo.config["core"].get("hardlink_lock", False)
+    return rwlock(repo.tmp_dir, repo.fs, " ".join(sys.argv), [], [str(path)], hardlink)
 
 
 def _named(repo: Repo, name: str) -> Any:

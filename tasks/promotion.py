@@ -17,17 +17,19 @@ from typing import Literal
 
 from nss.errors import StageError
 from nss.files import read_json
-from tasks.champion import Champion, pin_champion, read_champion
+from tasks.champion import Champion, load_champion, pin_champion, read_champion
 from tasks.commits import PIN, commit
 from tasks.ledger import append, ledger_path, locked, read_ledger
 from tasks.pipeline import Pipeline
 from tasks.provenance import provenance_tags
-from tasks.registry import CANDIDATE, CHAMPION, PREVIOUS, Registry, Version, fetch
-from tasks.tracking import Tracker
+from tasks.registry import CANDIDATE, CHAMPION, PREVIOUS, Registry, Version, fetch, version_key
+from tasks.tracking import Tracker, shown_uri
 from tasks.workspace import Workspace
 
 ROLLED_BACK = "nss.rolled_back"
 """Tag of a version that was champion and taken back: it is not promoted again by itself."""
+RESTORED = "restored"
+"""What is given as the verb of a champion that was registered again, in another registry than before."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def _fetched(workspace: Workspace, tracker: Tracker, move: Move) -> Iterator[tup
     if version is None:
         raise StageError(
             f"{move.name} version {move.champion} is not in the registry any more",
-            where=tracker.uri,
+            where=shown_uri(tracker.uri),
             fix=f"remove {_plan(workspace)}, if it is there, to give up this {move.kind}",
         )
     with tempfile.TemporaryDirectory(prefix="nss-") as folder:
@@ -178,12 +180,53 @@ def maintained(workspace: Workspace, registry: Registry) -> Version | None:
     The pin goes first: who pins by hand, or checks out an older commit, means it.
     """
     pin = read_champion(workspace)
-    found = registry.by_number(pin.version) if pin and pin.name == registry.name else None
-    return found if found and pin and found.model == pin.model else registry.by_alias(CHAMPION)
+    found = _version_of(registry, pin) if pin and pin.name == registry.name else None
+    return found or registry.by_alias(CHAMPION)
+
+
+def _version_of(registry: Registry, pin: Champion) -> Version | None:
+    """Return the version that is pinned; another registry than the one that it was pinned from may number it anew."""
+    found = registry.by_number(pin.version)
+    if found and found.model == pin.model:
+        return found
+    same = [each for each in registry.having("nss.model", pin.model) if sorted(each.batches) == sorted(pin.batches)]
+    return same[-1] if same else None
+
+
+def restore(workspace: Workspace, registry: Registry) -> None:
+    """Register the pinned champion where the registry does not have it: it is new, or the one of another machine.
+
+    Without this nothing would lead back to that champion after the next promotion. It gets the next free number there,
+    and the alias unless another version has it. Raises StageError when champion/ is missing or another model.
+    """
+    pin = read_champion(workspace)
+    if pin is None or pin.name != registry.name:
+        return
+    version = _version_of(registry, pin) or _register_again(workspace, registry, pin)
+    if registry.by_alias(CHAMPION) is None:
+        registry.set_alias(CHAMPION, version.number)
+
+
+def _register_again(workspace: Workspace, registry: Registry, pin: Champion) -> Version:
+    load_champion(workspace, pin)
+    tracker, key, origin = registry.tracker, version_key(pin.model, list(pin.batches), {}), f"{pin.name}/{pin.version}"
+    tags = {"nss.model": pin.model, "nss.source": f"champion/, pinned as {origin}"}
+    run_id = tracker.open(RESTORED, {"kind": RESTORED, "key": key}, tags).info.run_id
+    model_id = tracker.log_model(run_id, "champion", workspace.champion, {"pinned_as": origin})
+    tracker.end(run_id, "FINISHED")
+    known = {"nss.verb": RESTORED, "nss.pinned_as": origin, "nss.batches": json.dumps(pin.batches)}
+    return registry.add(key, run_id, model_id, {**tags, **known})
 
 
 def place_of(workspace: Workspace, registry: Registry, version: Version) -> tuple[Version | None, Version | None]:
-    """Return what is maintained before `version` is, and what a rollback is to lead back to then."""
+    """Return what is maintained before `version` is, and what a rollback is to lead back to then.
+
+    The champion is registered for that where it is not.
+    """
+    restore(workspace, registry)
     was = maintained(workspace, registry)
+    if was and was.number != version.number and version.tags.get("nss.parent") == was.model:
+        # Made from the pin, it names its parent by the number that the pin has, which may be another one's here.
+        registry.tag(version.number, "nss.parent_version", f"{was.name}/{was.number}")
     # Unpinned by hand it may be the champion by alias already: what was before it stays what was before it.
     return was, registry.by_alias(PREVIOUS) if was and was.number == version.number else was

@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from nss.errors import StageError, first_line
 from nss.files import text_digest
-from tasks.tracking import Tracker
+from tasks.tracking import Tracker, shown_uri
 
 CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
 _FIGURES, _LOGGED = "nss.figures", "nss.logged_model"
@@ -161,7 +161,7 @@ def fetch(tracker: Tracker, source: str, model: str, target: Path, packages: tup
     if found != model:
         raise StageError(
             f"the logged model {source} is another one ({found}) than was judged ({model})",
-            where=tracker.uri,
+            where=shown_uri(tracker.uri),
             fix="delete the MLflow run that logged it, then `nss run`, which logs it again",
         )
     return folder
@@ -173,10 +173,11 @@ def store_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except STORE_ERRORS as error:
-        reason = first_line(error)
+        # Some of them repeat the address.
+        reason = first_line(error).replace(uri.rstrip("/"), shown_uri(uri).rstrip("/"))
         raise StageError(
             f"the tracking store does not answer as it should ({reason})",
-            where=uri,
+            where=shown_uri(uri),
             fix="start it, or see MLFLOW_TRACKING_URI; then run the command again",
         ) from error
 

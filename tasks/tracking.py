@@ -28,9 +28,10 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
-from sqlalchemy import create_engine, text
+from sqlalchemy import Connection, create_engine, inspect, text
 from sqlalchemy.pool import NullPool
 
+from nss.errors import StageError
 from nss.files import replacing
 from tasks.workspace import Workspace
 
@@ -56,8 +57,22 @@ _LOCK = 0x6E7373
 # Where a database listens when its address does not say.
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _PATIENCE_S = 5
+# How long to wait for others to write to an sqlite store.
+_WRITERS_S = 60
+# An address of any kind may hold a password, before the host or as a parameter like sslpassword.
+_PASSWORD = re.compile(
+    r"(://[^:/?#@]*:).*@|([?&](?:\w*(?:pass|pwd|token|secret)\w*|odbc_connect)=)[^&#]*", re.IGNORECASE
+)
 # MLflow alone waits two minutes for each of eight tries; a stage must not hang on its journal for a quarter of an hour.
 _LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
+
+# Where MLflow writes down absolute places of artifacts.
+_PLACES = {
+    "experiments": ("artifact_location",),
+    "runs": ("artifact_uri",),
+    "logged_models": ("artifact_location",),
+    "model_versions": ("source", "storage_location"),
+}
 
 
 class Tracker:
@@ -179,32 +194,63 @@ def tracking_uri(workspace: Workspace) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}{workspace.store / 'tracking.db'}"
 
 
+def shown_uri(uri: str) -> str:
+    """Return a store's address as it may be printed, without its password.
+
+    >>> shown_uri("postgresql://me:secret@host/db")
+    'postgresql://me:***@host/db'
+    """
+    return _PASSWORD.sub(lambda found: f"{found[1]}***@" if found[1] else f"{found[2]}***", uri)
+
+
 def open_tracker(workspace: Workspace, experiment: str = EXPERIMENT) -> Tracker:
     """Connect to the workspace's tracking store, creating it when it is a database that does not exist yet.
 
-    Raises mlflow's own exceptions when the store cannot be reached.
+    Raises mlflow's own exceptions when the store cannot be reached, StageError when its address is none.
     """
-    return Tracker(tracking_uri(workspace), workspace.store / "artifacts", experiment)
+    artifacts = workspace.store / "artifacts"
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        follow(workspace.store / "tracking.db", artifacts)
+    return Tracker(tracking_uri(workspace), artifacts, experiment)
 
 
 def require_answer(uri: str) -> None:
     """Raise ConnectionError unless the server behind a store's address answers within five seconds.
 
-    The clients themselves would try for minutes, and each process again. Stores without a server always pass.
+    The clients themselves would try for minutes, and each process again. Stores without a server always pass. Raises
+    StageError when the address is none.
     """
-    parts = urlsplit(uri)
-    port = parts.port or _PORTS.get(parts.scheme.partition("+")[0])
+    scheme, host, port = _address(uri)
     try:
-        if parts.scheme in ("http", "https"):
+        if scheme in ("http", "https"):
             for name, value in _LIMITS.items():
                 os.environ.setdefault(name, value)
             http_request(get_default_host_creds(uri), "/health", "GET", 0, timeout=_PATIENCE_S, raise_on_status=False)
-        elif parts.hostname and port:
-            socket.create_connection((parts.hostname, port), timeout=_PATIENCE_S).close()
+        elif host and port:
+            socket.create_connection((host, port), timeout=_PATIENCE_S).close()
     except (OSError, MlflowException) as error:
         # The address itself may hold a password.
-        where = f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
+        where = f"{scheme}://{host}" + (f":{port}" if port else "")
         raise ConnectionError(f"no answer from {where} within {_PATIENCE_S} seconds") from error
+
+
+def _address(uri: str) -> tuple[str, str | None, int | None]:
+    """Return scheme, host and port; neither of a store that nobody serves, whose address may be anything."""
+    scheme = uri.partition("://")[0].lower()
+    kind = scheme.partition("+")[0]
+    if kind not in ("http", "https", *_PORTS):
+        return scheme, None, None
+    try:
+        parts = urlsplit(uri)
+        return scheme, parts.hostname, parts.port or _PORTS.get(kind)
+    except ValueError:
+        # What is wrong is not repeated: it may be a part of the password.
+        raise StageError(
+            "this is no address of a tracking store: its host or its port cannot be read",
+            where=shown_uri(uri),
+            allowed="http://HOST:PORT, or postgresql://USER:PASSWORD@HOST:PORT/DATABASE",
+            fix="set MLFLOW_TRACKING_URI; in a user's name and password write / as %2F, # as %23, @ as %40",
+        ) from None
 
 
 def create_database(path: Path, artifacts: Path) -> None:
@@ -220,6 +266,57 @@ def create_database(path: Path, artifacts: Path) -> None:
         if not path.exists():
             with replacing(path) as part:
                 _experiment(MlflowClient(tracking_uri=f"{_SQLITE}{part}"), artifacts, EXPERIMENT)
+
+
+def follow(path: Path, artifacts: Path) -> None:
+    """Let a workspace's own sqlite store that was moved or copied with it name the artifacts beside it.
+
+    MLflow writes absolute places down: a copy would write into the workspace that it was made of. Artifacts that
+    somebody keeps in a folder of another name are left where they are.
+    """
+    if not path.exists() or not _strayed(path, artifacts):
+        return
+    with FileLock(path.with_name(".lock")), _connected(path) as connection:
+        for old in _recorded(connection) - {artifacts.as_uri()}:
+            if old.endswith(_tail(artifacts)):
+                _relocate(connection, old, artifacts.as_uri())
+
+
+def _strayed(path: Path, artifacts: Path) -> bool:
+    with _connected(path) as connection:
+        return any(old.endswith(_tail(artifacts)) for old in _recorded(connection) - {artifacts.as_uri()})
+
+
+def _tail(artifacts: Path) -> str:
+    return f"/{artifacts.parent.name}/{artifacts.name}"
+
+
+@contextmanager
+def _connected(path: Path) -> Iterator[Connection]:
+    """Be in one transaction of an sqlite store."""
+    engine = create_engine(f"{_SQLITE}{path}", poolclass=NullPool, connect_args={"timeout": _WRITERS_S})
+    with engine.begin() as connection:
+        yield connection
+
+
+def _recorded(connection: Connection) -> set[str]:
+    if not inspect(connection).has_table("experiments"):
+        return set()
+    return {str(place) for (place,) in connection.execute(text("SELECT artifact_location FROM experiments"))}
+
+
+def _relocate(connection: Connection, old: str, new: str) -> None:
+    """Write another folder into all places below the old one, whichever of them this MLflow's tables have."""
+    found = inspect(connection)
+    for table in filter(found.has_table, _PLACES):
+        for column in {each["name"] for each in found.get_columns(table)} & {*_PLACES[table]}:
+            connection.execute(
+                text(
+                    f"UPDATE {table} SET {column} = :new || substr({column}, length(:old) + 1) "
+                    f"WHERE {column} = :old OR substr({column}, 1, length(:old) + 1) = :old || '/'"
+                ),
+                {"old": old, "new": new},
+            )
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def test_a_model_shrinks_learns_and_follows_and_nothing_worse_takes_its_place(la
     add(laid_out, batches["old"])
     first = cycle(laid_out)
     assert first["needed"] == ["restructure"]
-    assert "macs 2,412,544 (1,500,000 allowed)" in first["why"]["restructure"]
+    assert "macs 2,412,544 (2,200,000 allowed)" in first["why"]["restructure"]
     assert first["verdicts"] == {"restructure": "REJECT", "base": "PROMOTE"}
     assert (first["verdict"], first["promoted"], first["outcome"]) == ("PROMOTE", "base", "promoted")
     assert champion(laid_out) == 1

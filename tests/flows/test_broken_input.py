@@ -299,7 +299,9 @@ PROCESSES = ("data, half an npz", "model, a pickle as weights", "params, an obje
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = Place(tmp_path_factory.mktemp("broken") / "template")
     (place.workspace / ".dvc").mkdir(parents=True)
-    (place.workspace / ".dvc" / "config").write_text("[core]\n    analytics = false\n    autostage = false\n")
+    (place.workspace / ".dvc" / "config").write_text(
+        "[core]\n    analytics = false\n    autostage = false\n    no_scm = true\n"
+    )
     for name in ("params.yaml", "dvc.yaml", "champion.json"):
         shutil.copy(ROOT / name, place.workspace / name)
     np.savez(place.root / "first.npz", x=255 - X, y=Y, classes=np.array(["cat", "dog"]))

@@ -183,7 +183,7 @@ class Server:
     def __exit__(self, *_: object) -> None: ...
 
     def read_deployment_by_name(self, name: str) -> SimpleNamespace:
-        return SimpleNamespace(id=name)
+        return SimpleNamespace(id=name, parameters={})
 
     def create_flow_run_from_deployment(self, _: str, idempotency_key: str) -> FlowRun:
         made = FlowRun(id=uuid4(), flow_id=uuid4(), state=Scheduled(), state_type=StateType.SCHEDULED)
@@ -197,7 +197,7 @@ class Server:
 
 
 def test_one_run_is_made_for_a_commit_of_a_version_and_again_only_when_it_was_cut_off(monkeypatch) -> None:
-    server, deployment = Server(), Deployment("digits")
+    server, deployment = Server(), Deployment("digits", HERE.root)
     monkeypatch.setattr("flows.deployment.get_client", lambda **_: server)
     # An hour after the server's clock says that the run began.
     version = Version("one.dir", NOON + timedelta(hours=1))
@@ -213,7 +213,7 @@ def test_one_run_is_made_for_a_commit_of_a_version_and_again_only_when_it_was_cu
 
 
 def test_a_run_that_always_crashes_is_made_three_times(monkeypatch) -> None:
-    server, deployment = Server(), Deployment("digits")
+    server, deployment = Server(), Deployment("digits", HERE.root)
     monkeypatch.setattr("flows.deployment.get_client", lambda **_: server)
     for _ in range(3):
         assert deployment.make_run(Version("one.dir", NOON)) is not None
@@ -230,13 +230,14 @@ def test_serving_without_a_server_is_a_mistake_that_is_explained(folder: Path) -
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", [["serve"], ["watch", "--once", "--settle", "0"]])
+@pytest.mark.parametrize("command", [["serve"], ["watch", "--once", "--settle", "0"], ["run"], ["demo", "story"]])
 def test_a_server_that_does_not_answer_is_a_mistake_that_is_explained(folder: Path, command: list[str]) -> None:
     (folder / "data.dvc").write_text("outs:\n- md5: one.dir\n  path: data\n")
     done = nss(*command, cwd=folder, PREFECT_API_URL="http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES="0")
     assert done.returncode == 2, done.stderr
     assert "no answer from the Prefect server" in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (folder / "story").exists()
 
 
 def here(*arguments: str, cwd: Path, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from flows import doctor
+from flows import doctor, show
 from flows import status as module
+from flows.deployment import Deployment
+from flows.maintain import CycleReport
 from nss.files import write_json
 from tasks.workspace import Workspace
 
@@ -87,6 +89,47 @@ def test_a_candidate_that_is_promoted_waits_until_it_is_the_champion(
     assert line in module.text(content).splitlines()
 
 
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "postgresql://u:secret@127.0.0.1:9/db"])
+def test_a_tracking_store_that_is_away_is_not_taken_for_one_without_cycles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    monkeypatch.setattr(module, "has_server", lambda: False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    write_json(tmp_path / "champion.json", {"version": None})
+    content = look(Workspace(tmp_path))
+    where = uri.replace("u:secret@", "").removesuffix("/db")
+    words = f"the tracking store does not answer as it should (no answer from {where} within 5 seconds)"
+    assert content["last_cycle"] == {"error": words}
+    assert f"last cycle  {words}" in module.text(content).splitlines()
+
+
+def test_whatever_is_wrong_with_the_tracking_store_the_rest_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Workspace) -> None:
+        raise ModuleNotFoundError("No module named 'psycopg2'")
+
+    monkeypatch.setattr(module, "has_server", lambda: False)
+    monkeypatch.setattr(module, "open_tracker", fail)
+    write_json(tmp_path / "champion.json", {"version": None})
+    content = look(Workspace(tmp_path))
+    words = "the tracking store does not answer as it should (No module named 'psycopg2')"
+    assert (content["last_cycle"], content["champion"]) == ({"error": words}, None)
+
+
+@pytest.mark.parametrize(
+    ("uri", "hint"),
+    [
+        ("postgresql://u:secret@host/db", "mlflow ui --backend-store-uri postgresql://u:***@host/db"),
+        ("http://u:secret@host:5000/", "http://u:***@host:5000/#/experiments/1/runs/0b5e"),
+        ("sqlite:////w/tracking.db", "mlflow ui --backend-store-uri sqlite:////w/tracking.db"),
+    ],
+)
+def test_where_to_look_at_a_cycle_is_said_without_a_password(uri: str, hint: str) -> None:
+    assert show._mlflow_hint(CycleReport((), "0b5e", uri, "1", "")) == hint
+
+
 def test_what_is_in_the_inbox_is_named(workspace: Workspace) -> None:
     for name in ("b.npz", "a.npz", ".hidden"):
         (workspace.root / "inbox" / name).write_bytes(b"")
@@ -98,3 +141,19 @@ def test_doctor_tells_the_versions_of_the_packages() -> None:
     assert re.search(r"\btorch 2\.\d+\.\d+", found)
     assert re.search(r"\bscikit-learn 1\.\d+", found)
     assert len(found.split(", ")) == 9
+
+
+def test_the_server_is_asked_for_the_deployment_of_this_workspace(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, Path]] = []
+
+    def find(deployment: Deployment) -> None:
+        asked.append((deployment.name, deployment.root))
+
+    monkeypatch.setattr(module, "has_server", lambda: True)
+    monkeypatch.setattr(Deployment, "find", find)
+    content = look(workspace)
+    assert content["server"] == {"deployment": None, "schedules": [], "running": None}
+    assert asked == [("digits", workspace.root)]
+    assert module.text(content).splitlines()[-1] == "Prefect     the deployment is not known there"

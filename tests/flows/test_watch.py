@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -9,6 +10,7 @@ from uuid import uuid4
 
 import pytest
 from prefect.client.schemas.objects import FlowRun
+from prefect.exceptions import TerminationSignal
 from prefect.states import (
     Cancelled,
     Cancelling,
@@ -255,6 +257,12 @@ def watcher(workspace: Workspace, trigger: Recorder, said: list[str] | None = No
     return Watcher(workspace, watching, trigger, (said if said is not None else []).append)
 
 
+def take(workspace: Workspace, entries: tuple[Path, ...], **_: object) -> Taken:
+    """Take them as the version two.dir."""
+    commit(workspace.root, "two.dir")
+    return Taken(tuple(Arrived(entry.name, "b1", 4, False) for entry in entries), (), "two.dir")
+
+
 def test_each_version_is_asked_for_until_it_is_settled(workspace: Workspace) -> None:
     trigger = Recorder(answer=False)
     found = watcher(workspace, trigger)
@@ -275,10 +283,6 @@ def test_without_versioned_data_nothing_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_what_settles_is_taken_as_ones_own_version_and_told(workspace: Workspace, monkeypatch) -> None:
-    def take(workspace: Workspace, entries: tuple[Path, ...], **_: object) -> Taken:
-        commit(workspace.root, "two.dir")
-        return Taken(tuple(Arrived(entry.name, "b1", 4, False) for entry in entries), (), "two.dir")
-
     monkeypatch.setattr(module, "take", take)
     (workspace.root / "inbox" / "a.npz").write_bytes(b"x")
     trigger, said = Recorder(is_busy=True), []
@@ -292,6 +296,47 @@ def test_what_settles_is_taken_as_ones_own_version_and_told(workspace: Workspace
         "settled in the inbox: a.npz; taken when the run that is going has ended",
         "arrived a.npz: 4 images, batch b1; a cycle follows",
     ]
+
+
+def test_a_watcher_that_is_told_to_stop_takes_nothing_more(workspace: Workspace, monkeypatch) -> None:
+    stop, trigger = threading.Event(), Recorder()
+    monkeypatch.setattr(trigger, "is_free", lambda: stop.set() or True)
+    monkeypatch.setattr(module, "take", lambda *_, **__: pytest.fail("taken"))
+    (workspace.root / "inbox" / "a.npz").write_bytes(b"x")
+    found = watcher(workspace, trigger)
+    found.inbox.settled()
+    assert found.step(stop) is None
+    assert (stop.is_set(), trigger.asked) == (True, [])
+
+
+def test_a_watcher_that_is_told_to_stop_while_it_takes_makes_no_run_of_it(workspace: Workspace, monkeypatch) -> None:
+    stop, trigger = threading.Event(), Recorder()
+    monkeypatch.setattr(module, "take", lambda *found, **_: stop.set() or take(*found))
+    (workspace.root / "inbox" / "a.npz").write_bytes(b"x")
+    found = watcher(workspace, trigger)
+    found.inbox.settled()
+    assert found.step(stop).data_md5 == "two.dir"
+    assert trigger.asked == []
+    # The next start finds it.
+    watcher(workspace, trigger).step()
+    assert trigger.asked == [("two.dir", False)]
+
+
+def test_here_sigterm_ends_the_cycle_and_is_afterwards_heard_by_who_heard_it_before(
+    workspace: Workspace, stale: list[bool], monkeypatch
+) -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        here = Here(workspace, 0, print)
+        monkeypatch.setattr(here, "_run", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(TerminationSignal):
+            here.fire("one.dir", is_own=False)
+        assert heard == []
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
 
 
 def test_errors_are_told_once_and_end_nothing(workspace: Workspace) -> None:

@@ -26,7 +26,7 @@ from nss.model import Classifier, build_model, load_model, model_digest, save_mo
 from nss.profile import Profile, profile
 from nss.readapt import readapt
 from nss.restructure import restructure
-from nss.routing import Router
+from nss.routing import PLAIN, Router, fit_mix
 from nss.size import count_macs
 from nss.slice import SemanticSlices, semantic_slices
 from nss.told import features_of, route_anew, tasks_apart, within_task
@@ -169,7 +169,11 @@ def test_the_router_of_a_smaller_model_learned_its_own_features(grown: Grown) ->
     rows = torch.cat([features for features, _ in features_of(smaller, train_split)])
     assert rows.shape[1] == smaller.spec.features < grown.model.spec.features
     torch.testing.assert_close(router.means[9], rows[train_split.labels == 9].mean(0), atol=1e-4, rtol=1e-4)
-    assert torch.equal(router.mixes, grown.model.network.router.mixes)
+    # How it weighs its evidence is fitted to images that it did not learn from, of which the val split has some.
+    val = grown.data.split("val")
+    logits, features = smaller.network.parts(smaller.normalise(val.images))
+    expected = fit_mix(router.evidence(logits, features).detach(), val.labels >= 8)
+    torch.testing.assert_close(router.mixes[0], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_router_learns_anew_from_images_of_every_class_or_not_at_all(grown: Grown) -> None:
@@ -187,3 +191,29 @@ def test_fine_tuning_an_extended_model_is_told_the_task(grown: Grown) -> None:
     fine_tune(model, grown.data, 20, 0)
     val = grown.data.split("val")
     assert evaluate(model, val).accuracy > evaluate(grown.model, val).accuracy - 0.02
+
+
+def test_a_router_that_learned_anew_weighs_its_evidence_by_images_held_out(grown: Grown) -> None:
+    """Odds by other statistics are of another size: weights fitted to the earlier ones say nothing of them."""
+    model, data = copy.deepcopy(grown.model), grown.data
+    router = cast(Columns, model.network).router
+    router.mixes[0] = torch.tensor([1e-6, 0.0, 0.0, 0.0])
+    route_anew(model, [data.split("train")], [data.split("val")])
+    assert evaluate(model, data.split("test")).accuracy > evaluate(grown.model, data.split("test")).accuracy - 0.01
+    assert float(router.mixes[0, 0]) > 1e-4
+    eight = data.of_classes(data.classes[:8])
+    route_anew(model, [data.split("train")], [eight.split("val")])
+    assert router.mixes.tolist() == [list(PLAIN)]
+
+
+def test_evidence_for_an_earlier_gate_is_what_the_model_without_the_later_columns_finds() -> None:
+    generator = torch.Generator().manual_seed(0)
+    three, two = Router({}, 4, (2, 3, 2)), Router({}, 4, (2, 3))
+    for gate in three.gates:
+        nn.init.normal_(cast(nn.Linear, gate).weight, generator=generator)
+    two.gates[0].load_state_dict(three.gates[0].state_dict())
+    logits, features = [torch.randn(7, size, generator=generator) for size in (2, 3, 2)], torch.randn(7, 4)
+    with torch.no_grad():
+        assert torch.equal(three.evidence(logits, features, 0), two.evidence(logits[:2], features))
+        assert torch.equal(three.evidence(logits, features, 1), three.evidence(logits, features))
+        assert not torch.equal(three.evidence(logits, features, 0), three.evidence(logits, features, 1))

@@ -115,6 +115,37 @@ def test_a_store_that_is_away_is_a_mistake_that_is_explained(
     assert read_champion(shop.workspace) is None
 
 
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("postgresql://u:secret@127.0.0.1:9/db", "postgresql://u:***@127.0.0.1:9/db"),
+        ("http://u:secret@127.0.0.1:9", "http://u:***@127.0.0.1:9"),
+        # Of no kind that MLflow knows: it refuses it, and repeats it.
+        ("postgres://u:secret@127.0.0.1:9/db", "postgres://u:***@127.0.0.1:9/db"),
+    ],
+)
+def test_the_password_of_a_store_that_is_away_is_not_printed(
+    shop, nss: Nss, monkeypatch: pytest.MonkeyPatch, uri: str, shown: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    code, out, err = nss("lineage")
+    assert code == 2
+    assert f"  where: {shown}" in err.splitlines()
+    assert "secret" not in out + err
+
+
+def test_an_address_that_is_none_is_a_mistake_that_is_explained(
+    shop, nss: Nss, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:abc")
+    code, _, err = nss("lineage")
+    assert code == 2
+    assert err.splitlines()[:2] == [
+        "error: this is no address of a tracking store: its host or its port cannot be read",
+        "  where: http://localhost:abc",
+    ]
+
+
 @pytest.mark.parametrize("arguments", [["promote"], ["rollback"]])
 def test_while_a_cycle_runs_the_champion_cannot_be_changed(two, nss: Nss, arguments: list[str]) -> None:
     with exclusive(two.workspace):

@@ -376,7 +376,7 @@ def test_the_command_says_what_it_took_and_how_good_it_is(
         (["--mean", "0.5,x", "--std", "1,1"], "0.5,x is not a list of numbers"),
         (["--mean", "nan", "--std", "1"], "nan is not a list of numbers"),
         (["--mean", "0.5,0.5", "--std", "1,1"], "1 numbers each"),
-        (["--mean", "0.5", "--std", "0"], "std above 0"),
+        (["--mean", "0.5", "--std", "0"], "std is [0.0] where: std allowed: a number above 0 for each channel"),
     ],
 )
 def test_mistakes_in_the_command_are_two_and_change_nothing(

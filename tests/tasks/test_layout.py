@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from dvc.exceptions import InitError
 from ruamel.yaml import YAML
 
 from nss.errors import StageError
@@ -177,3 +178,124 @@ def test_a_setting_that_is_not_there_is_named_and_nothing_changes(tmp_path: Path
     with pytest.raises(StageError, match=f"there is no setting {name}"):
         set_params(path, {"base.epochs": 3, name: 1})
     assert path.read_text() == "base:\n  epochs: 8\n"
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("kätzchen ü", "kätzchen-ü"),
+        ("a:b@c", "a-b-c"),
+        (".-cats v1.0", "cats-v1.0"),
+        ("...", "model"),
+        ("2024-01-01", "2024-01-01"),
+        ("1e3", "1e3"),
+        ("null", "null"),
+    ],
+)
+def test_a_model_without_a_name_has_its_folders_made_one_that_is_allowed(
+    tmp_path: Path, folder: str, name: str
+) -> None:
+    made = lay_out(tmp_path / "within" / folder)
+    assert load_params(made.workspace.params).register.name == name
+
+
+@pytest.mark.parametrize("name", ["a/b", "kätzchen ü", "cats@2", "-cats", "cats\n", " "])
+def test_a_name_that_mlflow_does_not_take_is_refused_and_nothing_changes(tmp_path: Path, name: str) -> None:
+    with pytest.raises(StageError) as caught:
+        lay_out(tmp_path / "new" / "cats", name)
+    assert caught.value.what == f"the name {name!r} is not allowed"
+    assert (caught.value.where, caught.value.allowed) == (
+        "--name",
+        "letters, digits, _, . and -: a name in MLflow's model registry",
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("folder", "says"), [("file", "File exists"), ("file/sub", "Not a directory")])
+def test_a_file_where_the_folder_should_be_is_said(tmp_path: Path, folder: str, says: str) -> None:
+    (tmp_path / "file").write_text("mine\n")
+    with pytest.raises(StageError) as caught:
+        lay_out(tmp_path / folder, "cats")
+    assert caught.value.what == f"the workspace cannot be laid out ({says})"
+    assert caught.value.where == str(tmp_path / folder)
+    assert everything(tmp_path) == {"file": b"mine\n"}
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch) -> None:
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    with pytest.raises(StageError) as caught:
+        lay_out(tmp_path / "cats")
+    assert caught.value.what == "the workspace cannot be laid out (Permission denied)"
+    assert caught.value.where == str(tmp_path / "cats")
+
+
+@pytest.mark.parametrize("name", [".gitignore", ".dvcignore"])
+def test_an_ignore_file_that_is_not_utf8_is_named_and_nothing_changes(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes("größe\n".encode("latin-1"))
+    before = everything(tmp_path)
+    with pytest.raises(StageError) as caught:
+        lay_out(tmp_path, "cats")
+    assert (caught.value.what, caught.value.where) == ("the file is not UTF-8", str(tmp_path / name))
+    assert (everything(tmp_path), [path.name for path in tmp_path.iterdir()]) == (before, [name])
+
+
+@pytest.mark.parametrize(
+    ("line", "ignored"),
+    [
+        ("*.dvc", ".dvc/config, data.dvc, champion.dvc"),
+        (".dvc/", ".dvc/config"),
+        ("*.lock", "dvc.lock"),
+        ("data*", "data.dvc"),
+        ("*.yaml", "dvc.yaml"),
+    ],
+)
+@pytest.mark.parametrize("is_repository", [False, True])
+def test_what_dvc_needs_and_git_ignores_is_named_and_nothing_changes(
+    tmp_path: Path, line: str, ignored: str, is_repository: bool
+) -> None:
+    if is_repository:
+        git(tmp_path, "init", "-q")
+    (tmp_path / ".gitignore").write_text(f"{line}\n")
+    before = everything(tmp_path)
+    with pytest.raises(StageError) as caught:
+        lay_out(tmp_path, "cats")
+    assert caught.value.what == f"git ignores {ignored}"
+    assert caught.value.fix.startswith("take out the line that does: `git check-ignore -v ")
+    assert everything(tmp_path) == before
+    assert (tmp_path / ".git").exists() == is_repository
+    (tmp_path / ".gitignore").write_text("secrets\n")
+    assert Pipeline(lay_out(tmp_path, "cats").workspace).stages()
+
+
+def test_a_disk_that_is_full_at_the_last_file_leaves_nothing_behind(tmp_path: Path, monkeypatch) -> None:
+    real = layout._write
+
+    def full(path: Path, text: str) -> None:
+        if path.name == "dvc.yaml":
+            raise OSError(28, "No space left on device", str(path))
+        real(path, text)
+
+    git(tmp_path, "init", "-q")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / ".gitignore").write_text("secrets")
+    monkeypatch.setattr(layout, "_write", full)
+    with pytest.raises(StageError, match=r"the workspace cannot be laid out \(No space left on device\)"):
+        lay_out(tmp_path / "models", "cats")
+    with pytest.raises(StageError, match=r"\(No space left on device\)"):
+        lay_out(tmp_path / "new" / "cats", "cats")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".git", "models"]
+    assert everything(tmp_path / "models") == {".gitignore": b"secrets"}
+
+
+def test_what_dvc_refuses_is_said_in_one_line_and_nothing_is_left(tmp_path: Path, monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise InitError("no good\nand more")
+
+    monkeypatch.setattr(layout.Repo, "init", refuse)
+    with pytest.raises(StageError) as caught:
+        lay_out(tmp_path / "cats")
+    assert caught.value.what == "the workspace cannot be laid out (no good)"
+    assert list(tmp_path.iterdir()) == []

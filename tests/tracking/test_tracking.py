@@ -12,7 +12,8 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from tasks.tracking import Tracker, create_database, require_answer, tracking_uri
+from nss.errors import StageError
+from tasks.tracking import Tracker, create_database, require_answer, shown_uri, tracking_uri
 from tasks.workspace import Workspace
 
 
@@ -192,9 +193,38 @@ def test_where_nobody_listens_it_is_said_at_once_and_without_the_password(tmp_pa
     assert str(caught.value).startswith(f"no answer from {scheme}://127.0.0.1:9 within")
 
 
-@pytest.mark.parametrize("uri", ["sqlite:////tmp/x.db", "databricks", "databricks://profile", "file:///tmp/x"])
+@pytest.mark.parametrize(
+    "uri", ["sqlite:////tmp/x.db", "databricks", "databricks://profile", "databricks://a:b", "file:///x"]
+)
 def test_stores_without_a_server_are_not_asked(uri: str) -> None:
     require_answer(uri)
+
+
+@pytest.mark.parametrize("uri", ["http://localhost:abc", "https://[::1", "postgresql://u:se/cret@host/db"])
+def test_an_address_that_cannot_be_read_is_refused_without_its_password(uri: str) -> None:
+    with pytest.raises(StageError, match="this is no address of a tracking store") as caught:
+        require_answer(uri)
+    assert caught.value.where == shown_uri(uri)
+    assert "cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("postgresql://u:secret@127.0.0.1:9/db", "postgresql://u:***@127.0.0.1:9/db"),
+        ("mysql+pymysql://u:se@cr/et@host/db?ssl_ca=x", "mysql+pymysql://u:***@host/db?ssl_ca=x"),
+        ("http://:secret@host:5000/", "http://:***@host:5000/"),
+        ("postgresql://host/db?user=u&password=secret&a=1", "postgresql://host/db?user=u&password=***&a=1"),
+        ("mssql+pyodbc://?odbc_connect=UID%3Du%3BPWD%3Dsecret", "mssql+pyodbc://?odbc_connect=***"),
+        ("http://u@host:5000", "http://u@host:5000"),
+        ("http://host:5000/a", "http://host:5000/a"),
+        ("sqlite:////tmp/a:b@c/tracking.db", "sqlite:////tmp/a:b@c/tracking.db"),
+        ("databricks", "databricks"),
+    ],
+)
+def test_an_address_is_shown_without_its_password(uri: str, shown: str) -> None:
+    assert shown_uri(uri) == shown
+    assert shown_uri(shown) == shown
 
 
 def test_the_users_own_limits_for_requests_win(silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
