@@ -159,9 +159,9 @@ def _champion(workspace: Workspace) -> str:
 
 
 def _tracking(workspace: Workspace) -> str:
-    from tasks.tracking import open_tracker
+    from tasks.tracking import open_tracker, shown_uri
 
-    return open_tracker(workspace).uri
+    return shown_uri(open_tracker(workspace).uri)
 
 
 def _prefect() -> str:

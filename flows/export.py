@@ -155,12 +155,15 @@ def _registered(reference: str) -> tuple[str, Classifier]:
     from flows.models import session
     from tasks.lineage import find_version
     from tasks.registry import fetch
+    from tasks.tracking import shown_uri
 
     with session() as now, tempfile.TemporaryDirectory(prefix="nss-") as folder:
         version = find_version(now.registry, reference.removeprefix(_REGISTERED))
         if not version.model:
             raise StageError(
-                f"{version.label} was not registered by nss", where=now.tracker.uri, fix=f"nss adopt {reference}"
+                f"{version.label} was not registered by nss",
+                where=shown_uri(now.tracker.uri),
+                fix=f"nss adopt {reference}",
             )
         found = fetch(now.tracker, version.source, version.model, Path(folder), now.workspace.packages)
         return f"registry: {version.label}", load_model(found, now.workspace.packages)

@@ -28,7 +28,7 @@ from tasks.provenance import provenance_tags
 from tasks.recovery import process_mark, recover
 from tasks.register import Registered
 from tasks.registry import STORE_ERRORS
-from tasks.tracking import Tracker, open_tracker, tracking_uri
+from tasks.tracking import Tracker, open_tracker, shown_uri, tracking_uri
 from tasks.workspace import Workspace, with_packages
 
 _Result = TypeVar("_Result")
@@ -127,7 +127,7 @@ def maintain(root: str, retries: int = 0) -> CycleReport:
     return CycleReport(
         stages,
         cycle.run_id,
-        tracking_uri(workspace),
+        shown_uri(tracking_uri(workspace)),
         cycle.experiment_id,
         _flow_run_id(),
         verdict=gate.verdict,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from nss.files import read_json
@@ -152,7 +153,7 @@ def _mlflow_hint(report: CycleReport) -> str:
     uri = shown_uri(report.tracking_uri)
     if uri.startswith("http"):
         return f"{uri.rstrip('/')}/#/experiments/{report.experiment_id}/runs/{report.run_id}"
-    return f"mlflow ui --backend-store-uri {uri}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def _prefect_hint(report: CycleReport, is_temporary: bool) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from nss.errors import StageError
 from nss.gate import SIZES
 from tasks.registry import Registry, Version
-from tasks.tracking import Tracker
+from tasks.tracking import Tracker, shown_uri
 
 _CLASS = "class/"
 
@@ -51,7 +51,9 @@ def find_version(registry: Registry, reference: str) -> Version:
     version = found.by_number(int(rest)) if is_number else None if mark == "/" else found.by_alias(rest)
     if version is None:
         raise StageError(
-            f"there is no version {reference!r}", where=registry.tracker.uri, allowed=_allowed(registry, found.name)
+            f"there is no version {reference!r}",
+            where=shown_uri(registry.tracker.uri),
+            allowed=_allowed(registry, found.name),
         )
     return version
 
@@ -116,7 +118,7 @@ def run_link(tracker: Tracker, run_id: str) -> str:
     """Return the address of a run on a server, or its id when no server shows it."""
     if not run_id or not tracker.uri.startswith("http"):
         return run_id
-    return f"{tracker.uri.rstrip('/')}/#/experiments/{tracker.experiment_id}/runs/{run_id}"
+    return f"{shown_uri(tracker.uri).rstrip('/')}/#/experiments/{tracker.experiment_id}/runs/{run_id}"
 
 
 def _time(milliseconds: int) -> str:

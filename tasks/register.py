@@ -22,7 +22,7 @@ from tasks.pipeline import Pipeline
 from tasks.promotion import ROLLED_BACK, Move, maintained, make, origin, place_of, resume
 from tasks.provenance import provenance_tags
 from tasks.registry import CANDIDATE, PREVIOUS, Registry, Version, figure_tags, version_key
-from tasks.tracking import Tracker
+from tasks.tracking import Tracker, shown_uri
 from tasks.workspace import Workspace
 
 Outcome = Literal["promoted", "candidate", "kept", "outdated"]
@@ -297,7 +297,7 @@ def _rollback_move(workspace: Workspace, params: Params, tracker: Tracker, reaso
     if previous is None or (now and previous.number == now.number):
         raise StageError(
             f"{registry.name} has no previous champion to go back to",
-            where=tracker.uri,
+            where=shown_uri(tracker.uri),
             fix="there is one after the second promotion; `nss lineage` shows where the champion comes from",
         )
     return Move(

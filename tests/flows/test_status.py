@@ -121,9 +121,10 @@ def test_whatever_is_wrong_with_the_tracking_store_the_rest_is_told(
 @pytest.mark.parametrize(
     ("uri", "hint"),
     [
-        ("postgresql://u:secret@host/db", "mlflow ui --backend-store-uri postgresql://u:***@host/db"),
+        ("postgresql://u:secret@host/db", "mlflow ui --backend-store-uri 'postgresql://u:***@host/db'"),
         ("http://u:secret@host:5000/", "http://u:***@host:5000/#/experiments/1/runs/0b5e"),
         ("sqlite:////w/tracking.db", "mlflow ui --backend-store-uri sqlite:////w/tracking.db"),
+        ("sqlite:////my models/t.db", "mlflow ui --backend-store-uri 'sqlite:////my models/t.db'"),
     ],
 )
 def test_where_to_look_at_a_cycle_is_said_without_a_password(uri: str, hint: str) -> None:
