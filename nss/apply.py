@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import Tensor
 
-from nss.data import Data, train_part, val_part
+from nss.data import Data
 from nss.errors import RestructureError
 from nss.merge import Reading, fold, readings
 from nss.model import Classifier, evaluating
@@ -20,7 +20,7 @@ from nss.refit import refit
 from nss.remove import remove
 from nss.sites import Sites, find_sites
 from nss.steps import first_of_each, training_images
-from nss.told import route_anew
+from nss.told import route_by
 from nss.units import find_units
 from nss.weight_masks import refuse_masks
 
@@ -41,13 +41,12 @@ def apply_plan(
     plan.check(model, sites)
     units = find_units(sites)
     stay = units.channels(units.kept(plan.neurons(), sites))  # what cannot leave stays as it is
-    sample, labels = training_images(data)
-    sample, _ = first_of_each(sample, labels, max(1, images // len(model.spec.classes)))
+    learned = training_images(data)
+    sample, _ = first_of_each(*learned, max(1, images // len(model.spec.classes)))
     smaller = refitted(model, sites, list(readings(model.network, sites, profiled)), stay, sample, seed)
     if model.spec.tasks:
         narrow(smaller)
-        held_out = val_part(data)
-        route_anew(smaller, [train_part(data)], [] if held_out is None else [held_out])
+        route_by(smaller, learned, data)
     smaller.spec = replace(smaller.spec, parent=plan.model)
     return smaller
 

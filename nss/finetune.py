@@ -8,11 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from nss.data import Data, val_part
+from nss.data import Data
 from nss.errors import ModelError
 from nss.model import Classifier, device_of, evaluating
 from nss.steps import sgd, step, training_images
-from nss.told import check_classes, route_anew, tasks_apart
+from nss.told import check_classes, route_by, tasks_apart
 
 
 def fine_tune(
@@ -55,8 +55,7 @@ def fine_tune(
     finally:
         model.eval()
     if tasks is not None:
-        held_out = val_part(data)
-        route_anew(cast(Classifier, model), [(images, labels)], [] if held_out is None else [held_out])
+        route_by(cast(Classifier, model), (images, labels), data)
 
 
 def batches(count: int, steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

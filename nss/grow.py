@@ -12,10 +12,10 @@ from torch import Tensor
 
 from nss.anatomy import dissect
 from nss.apply import refitted
-from nss.data import Data, iter_batches, train_part
+from nss.data import Data, train_part
 from nss.errors import ExtendError
 from nss.merge import order_units, readings, unit_scores
-from nss.model import Classifier, Task, device_of, evaluating, factory_network, model_digest, with_network
+from nss.model import Classifier, Task, device_of, factory_network, model_digest, with_network
 from nss.profile import Profile
 from nss.profile import profile as gather_profile
 from nss.routing import Router, choose_views
@@ -24,7 +24,7 @@ from nss.sites import Sites, find_sites
 from nss.slice import SemanticSlices
 from nss.steps import first_of_each
 from nss.surgery import cut
-from nss.told import features_of
+from nss.told import features_of, parts_of
 from nss.units import Units, find_units
 from nss.weight_masks import refuse_masks
 from nss.wiring import Columns, read_earlier, refuse_unfit
@@ -199,7 +199,6 @@ def capacity(model: Classifier) -> dict[str, Capacity]:
 
 def evidence_of(model: Classifier, data: Data) -> Iterator[Tensor]:
     """Yield what speaks for the last task's classes against all before, for each batch of the data, [n, 3]."""
-    network = cast(Columns, model.network)
-    with evaluating(model), torch.no_grad():
-        for images, _ in iter_batches(data, 500):
-            yield network.router.evidence(*network.parts(model.normalise(images.to(device_of(model)))))
+    router = cast(Columns, model.network).router
+    for logits, features, _ in parts_of(model, data):
+        yield router.evidence(logits, features).detach()

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from nss.data import Data, iter_batches
+from nss.data import Data, iter_batches, val_part
 from nss.errors import ModelError
 from nss.model import Classifier, device_of, evaluating
 from nss.routing import PLAIN, fit_mix
@@ -46,12 +46,19 @@ def told_answers(model: Classifier, logits: Tensor, labels: Tensor) -> Tensor:
     return within_task(logits, labels, tasks_of(model)).argmax(1)
 
 
-def features_of(model: Classifier, data: Data) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what the router sees of each batch of the data [n, features], and the labels int64 [n]."""
+def parts_of(model: Classifier, data: Data) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
+    """Yield the logits of each column, what the router sees [n, features], and the labels int64 [n], by batches."""
     network = cast(Columns, model.network)
     with evaluating(model), torch.no_grad():
         for images, labels in iter_batches(data, 500):
-            yield network.parts(model.normalise(images.to(device_of(model))))[1], labels.cpu().long()
+            logits, features = network.parts(model.normalise(images.to(device_of(model))))
+            yield logits, features, labels.cpu().long()
+
+
+def features_of(model: Classifier, data: Data) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what the router sees of each batch of the data [n, features], and the labels int64 [n]."""
+    for _, features, labels in parts_of(model, data):
+        yield features, labels
 
 
 def check_classes(model: Classifier, labels: Tensor) -> None:
@@ -78,10 +85,16 @@ def route_anew(model: Classifier, parts: Sequence[Data], held_out: Sequence[Data
     _weigh_anew(model, held_out)
 
 
+def route_by(model: Classifier, learned: tuple[Tensor, Tensor], data: Data) -> None:
+    """Let `route_anew` learn from the training images of the data, read before, and weigh by those it holds out."""
+    held_out = val_part(data)
+    route_anew(model, [learned], [] if held_out is None else [held_out])
+
+
 @torch.no_grad()
 def _weigh_anew(model: Classifier, held_out: Sequence[Data]) -> None:
     network, tasks = cast(Columns, model.network), tasks_of(model)
-    rows = [row for part in held_out for row in _parts_of(model, part)]
+    rows = [row for part in held_out for row in parts_of(model, part)]
     found = torch.cat([torch.zeros(0, dtype=torch.int64), *(tasks[labels] for _, _, labels in rows)])
     # In order: what speaks for a column is held against how the earlier gates decide.
     for gate in range(len(network.router.gates)):
@@ -91,13 +104,3 @@ def _weigh_anew(model: Classifier, held_out: Sequence[Data]) -> None:
             seen = torch.cat([network.router.evidence(logits, features, gate) for logits, features, _ in rows])
             mix = fit_mix(seen[(found <= gate + 1).to(seen.device)], new)
         network.router.mixes[gate] = mix.to(network.router.mixes)
-
-
-def _parts_of(model: Classifier, data: Data) -> list[tuple[list[Tensor], Tensor, Tensor]]:
-    """Return the logits of each column, the router's features and the labels, by batches."""
-    network = cast(Columns, model.network)
-    with evaluating(model):
-        return [
-            (*network.parts(model.normalise(images.to(device_of(model)))), labels.cpu().long())
-            for images, labels in iter_batches(data, 500)
-        ]

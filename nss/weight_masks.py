@@ -117,7 +117,9 @@ def refuse_unowned(network: nn.Module, doing: str, error: type[NssError]) -> Non
 
 def _is_computed(layer: nn.Module) -> bool:
     lacking = [name for name in ("weight", "bias") if name not in layer._parameters and name not in layer._buffers]
-    only_masked = _mask_of(layer) is not None and len(layer.get_submodule("parametrizations.weight")) == 1  # type: ignore[arg-type]
+    only_masked = (
+        _mask_of(layer) is not None and len(cast(nn.ModuleList, layer.get_submodule("parametrizations.weight"))) == 1
+    )
     return bool(lacking) and not (only_masked and lacking == ["weight"])
 
 
