@@ -8,6 +8,7 @@ BIN := .venv/bin
 # The environment of what we start; the shell looks programs up in it.
 ACTIVATE := PATH="$(CURDIR)/$(BIN):$$PATH"
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
+TWO := -n 2 --dist loadfile
 IS_FIT := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
 help: ## list the targets
@@ -20,11 +21,12 @@ run: .venv/.installed ## install, make the demo data if there is none, run the w
 demo: .venv/.installed ## install, then three cycles in a workspace of their own, demo/: smaller, more classes, another light
 	@$(ACTIVATE); nss demo
 
+# In the order of the files: those that run whole cycles go first, and small ones fill what is left of both workers.
 test: lint ## install, lint, run all tests but the soak tests; nss must be covered to 90 %
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not soak" --cov=nss --cov-report=term --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(TWO) --no-loadscope-reorder -m "not soak" --cov=nss --cov-report=term --cov-fail-under=90
 
 soak: .venv/.installed-dev ## run the repeated kills and long races
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m soak
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(TWO) -m soak
 
 lint: .venv/.installed-dev ## check style, types and the direction of imports
 	$(BIN)/ruff check

@@ -14,7 +14,7 @@ from nss.errors import DataError, NssError, first_line
 from tasks.workspace import Workspace, find_workspace, with_packages
 
 if TYPE_CHECKING:
-    from tasks.params import BaseParams
+    from tasks.params import BaseParams, Params
 
 # What is imported, and the name that it is installed by.
 _PACKAGES = {
@@ -106,9 +106,28 @@ def _params(workspace: Workspace) -> str:
     from tasks.params import load_params
 
     params = load_params(workspace.params)
+    _require_devices(params)
     if _trains(workspace):
         _require_network(with_packages(workspace, params.base.packages), params.base)
     return ", ".join(type(params).model_fields)
+
+
+def _require_devices(params: Params) -> None:
+    """Raise which stages would compute on what this machine does not have; a Dask cluster has devices of its own."""
+    from torch import nn
+
+    from nss.errors import ModelError
+    from nss.model import fastest_device, on_device
+
+    asked = {name: each["device"] for name, each in params.model_dump().items() if "device" in each}
+    if params.profile.dask:
+        del asked["profile"]
+    for name, device in asked.items():
+        try:
+            on_device(nn.Linear(1, 1), device)
+        except ModelError:
+            fastest = fastest_device().type
+            raise NssError(f"{name}.device: {device} is not there", fix=f"{fastest} or auto, in params.yaml") from None
 
 
 def _trains(workspace: Workspace) -> bool:

@@ -19,6 +19,7 @@ from nss.latency import Latency, random_pixels, time_calls
 from nss.model import Classifier, load_model
 from nss.size import count_macs, count_parameters
 from tasks.champion import load_champion, read_champion
+from tasks.models import base_model
 from tasks.params import load_params
 from tasks.workspace import Workspace, find_workspace, with_packages
 
@@ -146,7 +147,7 @@ def _maintained(workspace: Workspace) -> tuple[str, Classifier]:
     # Not what `base` has copied: that is the champion before until the next run.
     champion = read_champion(workspace)
     if champion is None:
-        return "base", load_model(workspace.out("base") / "model", workspace.packages)
+        return "base", base_model(workspace)
     return f"champion: {champion.name} version {champion.version}", load_champion(workspace, champion)
 
 

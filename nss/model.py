@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -36,6 +36,8 @@ from nss.weight_masks import MASK, apply_masks, plain_state
 from nss.wiring import Columns, read_earlier
 
 TRUSTED = ("nss.zoo", "torchvision.models")
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Classifier(nn.Module):
@@ -328,7 +330,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def on_device(model: nn.Module, device: str | torch.device | None) -> nn.Module:
+def on_device(model: Module, device: str | torch.device | None) -> Module:
     """Return `model` where it is, or a copy of it on another device; "auto" is CUDA, then MPS, then the CPU.
 
     Raises ModelError for a device that this machine does not have.

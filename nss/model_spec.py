@@ -16,6 +16,8 @@ from nss.errors import ModelError
 from nss.files import read_json
 
 FORMAT = 1
+FILES = ("model.json", "model.safetensors")
+"""of a model folder"""
 
 
 @dataclass(frozen=True)

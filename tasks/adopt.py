@@ -17,7 +17,7 @@ from nss.data import Dataset, load_data
 from nss.errors import ModelError, StageError
 from nss.evaluate import Evaluation, evaluate
 from nss.gate import Candidate
-from nss.model import Classifier, load_model, model_digest, save_model
+from nss.model import Classifier, load_model, model_digest, on_device, save_model
 from nss.sites import find_sites
 from nss.weights import SUFFIXES, fill
 from tasks.base import untrained
@@ -79,7 +79,8 @@ def adopt(
         origin, path = _find(tracker, params, source, Path(folder))
         model = _model(workspace, params.base, data, path, normalisation)
         _require_fit(model, data, origin)
-        scores = evaluate(model, data.split(params.evaluate.split), batch_size=params.evaluate.batch_size)
+        judged = on_device(model, params.evaluate.device)
+        scores = evaluate(judged, data.split(params.evaluate.split), batch_size=params.evaluate.batch_size)
         if not forced:
             _require_knowledge(scores, origin)
         save_model(model, Path(folder) / "adopted")

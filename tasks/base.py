@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from nss.base import Epoch, train
 from nss.data import Dataset, load_data
 from nss.files import replacing, write_json
-from nss.model import Classifier, build_model, save_model
+from nss.model import Classifier, build_model, on_device, save_model
 from nss.predict import predict
 from nss.size import count_parameters
 from tasks.champion import Champion, copy_model, load_champion, read_champion
@@ -33,7 +33,7 @@ def run(params: BaseParams, workspace: Workspace) -> None:
             model, history = _trained(params, data)
             save_model(model, part / "model")
         else:
-            model, data, history = _pinned(workspace, champion, data)
+            model, data, history = _pinned(workspace, champion, data, params.device)
             copy_model(workspace.champion, part / "model")
         _write(part, model, data, history)
         pinned = champion and {"name": champion.name, "version": champion.version}
@@ -65,7 +65,7 @@ def untrained(
 
 
 def _trained(params: BaseParams, data: Dataset) -> tuple[Classifier, list[Epoch]]:
-    model = untrained(params, data)
+    model = on_device(untrained(params, data), params.device)
     history = train(
         model,
         data,
@@ -78,9 +78,11 @@ def _trained(params: BaseParams, data: Dataset) -> tuple[Classifier, list[Epoch]
     return model, history
 
 
-def _pinned(workspace: Workspace, champion: Champion, data: Dataset) -> tuple[Classifier, Dataset, list[Epoch]]:
+def _pinned(
+    workspace: Workspace, champion: Champion, data: Dataset, device: str
+) -> tuple[Classifier, Dataset, list[Epoch]]:
     """Return the champion, the data that it knows, and how it does there: one line, epoch 0, nothing was trained."""
-    model = load_champion(workspace, champion)
+    model = on_device(load_champion(workspace, champion), device)
     known = data.known_and_new(champion.batches)[0].of_classes(model.spec.classes)
     loss, train_accuracy = _scores(model, known.split("train"))
     return model, known, [Epoch(0, loss, train_accuracy, _scores(model, known.split("val"))[1])]

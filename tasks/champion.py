@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nss.errors import StageError
 from nss.files import read_json, replacing, write_json
+from nss.model_spec import FILES
 from tasks.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -99,5 +100,7 @@ def unpin_champion(workspace: Workspace) -> None:
 
 
 def copy_model(folder: Path, target: Path) -> None:
-    """Copy a model folder's bytes: DVC's links and read-only modes stay behind."""
-    shutil.copytree(folder, target, copy_function=shutil.copyfile)
+    """Copy the bytes of a model folder's two files: DVC's links, read-only modes and what lies beside stay behind."""
+    target.mkdir()
+    for name in FILES:
+        shutil.copyfile(folder / name, target / name)

@@ -10,10 +10,11 @@ from nss.data import Dataset
 from nss.errors import StageError
 from nss.evaluate import SlicesEvaluation, evaluate_slices
 from nss.files import read_json, replacing, write_json
-from nss.model import load_model, model_digest
+from nss.model import load_model, model_digest, on_device
 from nss.slice import SemanticSlices
 from tasks.batches import known_and_new
 from tasks.candidates import Answers, Scores, candidate
+from tasks.models import base_model, model_in
 from tasks.params import EvaluateParams
 from tasks.tables import confusion_rows, write_csv
 from tasks.workspace import Workspace, require_same_source
@@ -29,7 +30,7 @@ def run(params: EvaluateParams, workspace: Workspace) -> None:
     The tables are per_class.csv, confusion.csv and differences.csv. Batches that have arrived since the model was made
     are scored apart, as far as each model knows their classes. candidates.json is what the gate decides by.
     """
-    model = load_model(workspace.out("base") / "model", workspace.packages)
+    model = base_model(workspace, params.device)
     known, arrived = known_and_new(workspace, model.spec.classes)
     sources = {"data": known.digest, "model": model_digest(model)}
     for verb in ("slice", *_CANDIDATES):
@@ -54,7 +55,7 @@ def run(params: EvaluateParams, workspace: Workspace) -> None:
 
 def _scores(workspace: Workspace, verb: str, old: Dataset, new: Dataset, params: EvaluateParams) -> Scores:
     folder = workspace.out(verb)
-    model = load_model(folder / "model", workspace.packages)
+    model = model_in(folder, workspace, params.device)
     batches = read_json(folder / "source.json", StageError)["batches"]
     answers = (Answers.of(model, part, params.batch_size) for part in (old, new))
     return Scores(folder / "model", *answers, batches)
@@ -67,7 +68,8 @@ def _candidates(workspace: Workspace) -> list[str]:
 
 def _slices(workspace: Workspace, held_out: Dataset, params: EvaluateParams) -> SlicesEvaluation:
     slices = SemanticSlices.load(workspace.out("slice") / "slices.json")
-    models = [load_model(workspace.out("slice") / "models" / each.name, workspace.packages) for each in slices]
+    folder = workspace.out("slice") / "models"
+    models = [on_device(load_model(folder / each.name, workspace.packages), params.device) for each in slices]
     return evaluate_slices(slices, models, held_out, params.batch_size)
 
 

@@ -12,11 +12,12 @@ from nss.evaluate import confusion_of
 from nss.extend import ExtendReport, extend
 from nss.extend_report import NOBODY, Told, judge_answers
 from nss.files import replacing, write_json
-from nss.model import Classifier, load_model, model_digest, save_model
+from nss.model import Classifier, model_digest, save_model
 from nss.predict import predict
 from nss.profile import Profile
 from nss.slice import SemanticSlices
 from tasks.batches import known_and_new, with_new_classes
+from tasks.models import base_model
 from tasks.params import ExtendParams
 from tasks.tables import confusion_rows, write_nothing, write_tables
 from tasks.wanted import is_wanted
@@ -39,7 +40,7 @@ def run(params: ExtendParams, workspace: Workspace) -> None:
     Learned are the new batches that hold a class that the model does not know; other new batches are left to `readapt`,
     and stay new. When there is nothing to do, the tables are empty and there is no model; result.json says why.
     """
-    model = load_model(workspace.out("base") / "model", workspace.packages)
+    model = base_model(workspace, params.device)
     known, arrived = known_and_new(workspace, model.spec.classes)
     sources = {"data": known.digest, "model": model_digest(model)}
     require_same_source(workspace.out("slice"), **sources)
@@ -77,7 +78,7 @@ def _learn(
         new,
         profile=Profile.load(workspace.out("profile") / "profile.safetensors"),
         old_data=known,
-        **params.model_dump(exclude={"when"}),
+        **params.model_dump(exclude={"when", "device"}),
     )
     held_out = replace(new, batches=(*known.batches, *new.batches)).split("val")
     classes = len(model.spec.classes)

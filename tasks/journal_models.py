@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from mlflow.entities import Run
 
 from nss.files import read_json
+from tasks.params import load_params
 from tasks.pipeline import StageKey
 from tasks.reading import cells_of, count_confusion, read_csv
 from tasks.tracking import Tracker
@@ -50,12 +51,15 @@ def _restructure_pictures(
 def _sizes_on_disk_and_in_time(workspace: Workspace) -> dict[str, float]:
     """Measured here and not in the stage: a duration is another one each time, and outputs are not."""
     from nss.latency import random_pixels, time_calls
-    from nss.model import load_model
+    from tasks.models import model_in
 
-    folders = {"original_": workspace.out("base") / "model", "": workspace.out("restructure") / "model"}
-    models = {name: load_model(folder, workspace.packages) for name, folder in folders.items()}
+    device = load_params(workspace.params).restructure.device
+    folders = {"original_": workspace.out("base"), "": workspace.out("restructure")}
+    models = {name: model_in(folder, workspace, device) for name, folder in folders.items()}
     latencies = time_calls(models, random_pixels(64, models[""].spec.input_shape))
-    found = {f"{name}bytes": (folder / "model.safetensors").stat().st_size for name, folder in folders.items()}
+    found = {
+        f"{name}bytes": (folder / "model" / "model.safetensors").stat().st_size for name, folder in folders.items()
+    }
     for name, latency in latencies.items():
         found |= {f"{name}latency_ms_{size}": each for size, each in latency.median_ms.items()}
     return found

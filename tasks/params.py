@@ -27,6 +27,7 @@ Share = Annotated[float, Field(ge=0, le=1, description="a share from 0 to 1")]
 Level = Annotated[float, Field(gt=0, lt=1, description="a number above 0, below 1")]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000, description="a whole number from 1 to 1000000000")]
 Most = Annotated[float | None, Field(gt=0, description="a number above 0, or null for any")]
+Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], Field(description="auto, cpu, cuda or mps")]
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")]
 _FACTORY = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 _PACKAGE = r"^[A-Za-z_]\w*$"
@@ -53,6 +54,7 @@ class BaseParams(_Group):
     batch_size: BatchSize
     learning_rate: Rate
     weight_decay: Decay
+    device: Device
     seed: Seed
 
 
@@ -64,7 +66,7 @@ class ProfileParams(_Group):
     samples_per_class: int | None = Field(ge=1, description="a whole number from 1, or null for all")
     batch_size: BatchSize
     windows: int = Field(ge=0, le=1_000_000, description="a whole number from 0 to 1000000: of one image in so many")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="auto, cpu, cuda or mps")
+    device: Device
     bf16: bool = Field(description="true or false")
     shards: int = Field(ge=1, le=10_000, description="a whole number from 1 to 10000")
     dask: str | None = Field(
@@ -106,6 +108,7 @@ class TriageParams(_Group):
     max_images: Count
     permutations: int = Field(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")
     budgets: BudgetParams
+    device: Device
     seed: Seed
 
 
@@ -121,6 +124,7 @@ class RestructureParams(_Group):
     learning_rate: Rate
     distil: bool = Field(description="true or false")
     curve: list[Annotated[float, Field(gt=0, le=1)]] = Field(description="a list of shares above 0, at most 1")
+    device: Device
     seed: Seed
 
 
@@ -136,6 +140,7 @@ class ReadaptParams(_Group):
     replay: float = Field(ge=0, le=1, description="a share from 0 to 1: of the old images, to train on again")
     distil: float = Field(ge=0, le=1, description="a number from 0 to 1, above 0 with replay only")
     patience: int = Field(ge=1, le=10_000, description="a whole number from 1 to 10000")
+    device: Device
     seed: Seed
 
 
@@ -150,6 +155,7 @@ class ExtendParams(_Group):
     epochs: Epochs
     batch_size: BatchSize
     weight_decay: Decay
+    device: Device
     seed: Seed
 
 
@@ -158,6 +164,7 @@ class EvaluateParams(_Group):
 
     split: Literal["val", "test"] = Field(description="val or test")
     batch_size: BatchSize
+    device: Device
 
 
 class GateParams(_Group):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from nss.errors import StageError
 from nss.files import read_json, replacing, write_json
-from nss.model import load_model
 from nss.profile import Profile, profile
 from nss.shards import first_of_each_class, shards
 from tasks.batches import known_data
+from tasks.models import base_model
 from tasks.params import ProfileParams
 from tasks.workspace import Workspace
 
@@ -28,7 +28,7 @@ def run(params: ProfileParams, workspace: Workspace) -> None:
 
 def profile_shard(params: ProfileParams, workspace: Workspace, number: int) -> Profile:
     """Profile the base model on one of `params.shards` parts of the images that the parameters choose."""
-    model = load_model(workspace.out("base") / "model", workspace.packages)
+    model = base_model(workspace)
     data = known_data(workspace, model.spec.classes).split(params.split)
     if params.samples_per_class is not None:
         data = first_of_each_class(data, params.samples_per_class)

@@ -225,8 +225,5 @@ def place_of(workspace: Workspace, registry: Registry, version: Version) -> tupl
     """
     restore(workspace, registry)
     was = maintained(workspace, registry)
-    if was and was.number != version.number and version.tags.get("nss.parent") == was.model:
-        # Made from the pin, it names its parent by the number that the pin has, which may be another one's here.
-        registry.tag(version.number, "nss.parent_version", f"{was.name}/{was.number}")
     # Unpinned by hand it may be the champion by alias already: what was before it stays what was before it.
     return was, registry.by_alias(PREVIOUS) if was and was.number == version.number else was

@@ -9,11 +9,12 @@ from typing import Any
 from nss.data import Dataset
 from nss.evaluate import Evaluation, evaluate
 from nss.files import replacing, write_json
-from nss.model import Classifier, load_model, model_digest, save_model
+from nss.model import Classifier, model_digest, save_model
 from nss.profile import Profile
 from nss.readapt import ReadaptReport, readapt
 from nss.slice import SemanticSlices
 from tasks.batches import known_and_new
+from tasks.models import base_model
 from tasks.params import ReadaptParams
 from tasks.tables import write_nothing, write_tables
 from tasks.wanted import is_wanted
@@ -33,7 +34,7 @@ def run(params: ReadaptParams, workspace: Workspace) -> None:
     When there is nothing to do, the tables are empty and there is no model; result.json says why. Images of classes
     that the model does not know are left out, and the source lists no batch that has some: it stays new, for `extend`.
     """
-    model = load_model(workspace.out("base") / "model", workspace.packages)
+    model = base_model(workspace, params.device)
     known, arrived = known_and_new(workspace, model.spec.classes)
     sources = {"data": known.digest, "model": model_digest(model)}
     require_same_source(workspace.out("slice"), **sources)
@@ -83,7 +84,7 @@ def _follow(
         new,
         known,
         profile=Profile.load(workspace.out("profile") / "profile.safetensors"),
-        **params.model_dump(exclude={"when"}),
+        **params.model_dump(exclude={"when", "device"}),
     )
     scores = _scores((model, found.model), (known.split("val"), new.split("val")))
     save_model(found.model, folder / "model")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from nss.errors import StageError
@@ -19,7 +19,7 @@ from tasks.commits import CYCLE, commit
 from tasks.ledger import append, locked, read_ledger
 from tasks.params import Params
 from tasks.pipeline import Pipeline
-from tasks.promotion import ROLLED_BACK, Move, maintained, make, origin, place_of, resume
+from tasks.promotion import ROLLED_BACK, Move, maintained, make, origin, place_of, restore, resume
 from tasks.provenance import provenance_tags
 from tasks.registry import CANDIDATE, PREVIOUS, Registry, Version, figure_tags, version_key
 from tasks.tracking import Tracker, shown_uri
@@ -130,7 +130,12 @@ def is_about_the_champion(workspace: Workspace) -> bool:
 
 
 def add_version(workspace: Workspace, params: Params, tracker: Tracker, gate: Gate, verb: str) -> Version:
-    """Return the version of a candidate, registered with where it comes from when it is not yet."""
+    """Return the version of a candidate, registered with where it comes from when it is not yet.
+
+    The champion goes first, where the registry does not have it: what was made of it names it.
+    """
+    registry = Registry(tracker, params.register.name)
+    restore(workspace, registry)
     each, pipeline = gate.candidates[verb], Pipeline(workspace)
     figures = {**each["figures"], **_per_class(workspace, verb)}
     key = version_key(each["model"], each["batches"], figures)
@@ -144,7 +149,7 @@ def add_version(workspace: Workspace, params: Params, tracker: Tracker, gate: Ga
     tags = {
         **provenance_tags(workspace, stage_key),
         **figure_tags(figures),
-        **_parent(workspace, each),
+        **_parent(workspace, registry, each),
         "nss.verb": verb,
         "nss.verdict": each["verdict"],
         "nss.model": each["model"],
@@ -152,7 +157,7 @@ def add_version(workspace: Workspace, params: Params, tracker: Tracker, gate: Ga
         "nss.decision": gate.digest,
         "nss.base_run": base.info.run_id if base else "",
     }
-    return Registry(tracker, params.register.name).add(key, run_id, outputs.model_outputs[0].model_id, tags)
+    return registry.add(key, run_id, outputs.model_outputs[0].model_id, tags)
 
 
 def _per_class(workspace: Workspace, verb: str) -> dict[str, float]:
@@ -161,10 +166,13 @@ def _per_class(workspace: Workspace, verb: str) -> dict[str, float]:
     return {f"class/{name}": value for name, value in found.items()}
 
 
-def _parent(workspace: Workspace, candidate: Mapping[str, Any]) -> dict[str, str]:
+def _parent(workspace: Workspace, registry: Registry, candidate: Mapping[str, Any]) -> dict[str, str]:
     if candidate["parent"] in (None, candidate["model"]):
         return {}
-    pin = read_champion(workspace)
+    pin, was = read_champion(workspace), maintained(workspace, registry)
+    if pin and was and was.model == pin.model:
+        # By the number that it has here: another registry than the one that it was pinned from may have given another.
+        pin = replace(pin, name=was.name, version=was.number)
     version = {"nss.parent_version": f"{pin.name}/{pin.version}"} if pin else {}
     return {"nss.parent": candidate["parent"], **version}
 

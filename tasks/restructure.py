@@ -7,11 +7,12 @@ from pathlib import Path
 
 from nss.errors import StageError
 from nss.files import read_json, replacing, write_json
-from nss.model import load_model, model_digest, save_model
+from nss.model import model_digest, save_model
 from nss.profile import Profile
 from nss.restructure import Point, Restructured, restructure
 from nss.slice import SemanticSlices
 from tasks.batches import known_data
+from tasks.models import base_model
 from tasks.params import RestructureParams
 from tasks.tables import write_nothing, write_tables
 from tasks.wanted import is_wanted
@@ -29,7 +30,7 @@ def run(params: RestructureParams, workspace: Workspace) -> None:
 
     When there is nothing to do, the tables are empty and there is no model and no plan; result.json says why.
     """
-    model = load_model(workspace.out("base") / "model", workspace.packages)
+    model = base_model(workspace, params.device)
     data = known_data(workspace, model.spec.classes)
     sources = {"data": data.digest, "model": model_digest(model)}
     require_same_source(workspace.out("slice"), **sources)

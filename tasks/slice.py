@@ -5,12 +5,13 @@ from __future__ import annotations
 from nss.critical import critical_neurons
 from nss.evaluate import SlicesEvaluation, evaluate_slices
 from nss.files import replacing, write_json
-from nss.model import load_model, model_digest, save_model
+from nss.model import model_digest, save_model
 from nss.profile import Profile
 from nss.remove import RemovalPlan, plan_removal, remove
 from nss.size import count_parameters
 from nss.slice import semantic_slices
 from tasks.batches import known_data
+from tasks.models import base_model
 from tasks.params import SliceParams
 from tasks.tables import write_csv
 from tasks.workspace import Workspace, require_same_source
@@ -22,7 +23,7 @@ def run(params: SliceParams, workspace: Workspace) -> None:
     It holds critical.safetensors, slices.json, models/<slice>/, neurons.csv, removal.json, slices_val.json,
     metrics.json and source.json.
     """
-    model = load_model(workspace.out("base") / "model", workspace.packages)
+    model = base_model(workspace)
     data = known_data(workspace, model.spec.classes)
     sources = {"data": data.digest, "model": model_digest(model)}
     require_same_source(workspace.out("profile"), **sources)

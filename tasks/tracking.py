@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,13 +81,14 @@ class Tracker:
 
     uri: of the store.
     artifacts: where artifacts go when the store is a database and no server decides.
+    packages: what the factories of logged models may come from beside nss.zoo and torchvision, for who serves them.
 
     >>> Tracker("sqlite:////tmp/tracking.db", Path("/tmp/artifacts")).uri  # doctest: +SKIP
     'sqlite:////tmp/tracking.db'
     """
 
-    def __init__(self, uri: str, artifacts: Path, experiment: str = EXPERIMENT) -> None:
-        self.uri = uri
+    def __init__(self, uri: str, artifacts: Path, experiment: str = EXPERIMENT, packages: tuple[str, ...] = ()) -> None:
+        self.uri, self.packages = uri, packages
         require_answer(uri)
         if uri.startswith(_SQLITE):
             create_database(Path(uri.removeprefix(_SQLITE)), artifacts)
@@ -172,7 +174,8 @@ class Tracker:
     def log_model(self, run_id: str, name: str, folder: Path, params: Mapping[str, Any]) -> str:
         """Log a model folder as a logged model of the run, once; return its id.
 
-        `nss.load_model(mlflow.artifacts.download_artifacts(f"models:/{model_id}"))` gives it back.
+        `nss.load_model(mlflow.artifacts.download_artifacts(f"models:/{model_id}"))` gives it back, and
+        `mlflow.pyfunc.load_model(f"models:/{model_id}")` what answers arrays with probabilities.
         """
         outputs = self.client.get_run(run_id).outputs
         if outputs and outputs.model_outputs:
@@ -180,9 +183,19 @@ class Tracker:
         values = {key: str(value)[:_LONGEST_PARAM] for key, value in params.items()}
         model = self.client.create_logged_model(self.experiment_id, name, run_id, params=values, model_type="nss")
         self.client.log_model_artifacts(model.model_id, str(folder))
+        self._log_description(model.model_id, run_id, folder)
         self.client.finalize_logged_model(model.model_id, "READY")
         self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         return model.model_id
+
+    def _log_description(self, model_id: str, run_id: str, folder: Path) -> None:
+        # A tenth of a second of imports, which who only reads runs need not wait for.
+        from tasks.servable import describe
+
+        with tempfile.TemporaryDirectory(prefix="nss-") as beside:
+            path = Path(beside) / "MLmodel"
+            path.write_text(describe(folder, model_id, run_id, self.packages), encoding="utf-8")
+            self.client.log_model_artifact(model_id, str(path))
 
 
 def _metric(name: str, value: float, when: int, step: int) -> Metric:
@@ -211,7 +224,7 @@ def open_tracker(workspace: Workspace, experiment: str = EXPERIMENT) -> Tracker:
     artifacts = workspace.store / "artifacts"
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         follow(workspace.store / "tracking.db", artifacts)
-    return Tracker(tracking_uri(workspace), artifacts, experiment)
+    return Tracker(tracking_uri(workspace), artifacts, experiment, workspace.packages)
 
 
 def require_answer(uri: str) -> None:

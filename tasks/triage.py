@@ -7,9 +7,10 @@ from pathlib import Path
 
 from nss.files import replacing, write_json
 from nss.latency import measured_latency
-from nss.model import Classifier, load_model, model_digest
+from nss.model import Classifier, model_digest
 from nss.triage import TriageSettings, triage
 from tasks.batches import known_and_new
+from tasks.models import base_model
 from tasks.params import MAINTENANCE, TriageParams
 from tasks.sizes import sizes_of
 from tasks.workspace import Workspace
@@ -21,15 +22,14 @@ def run(params: TriageParams, workspace: Workspace) -> None:
     A finding is a file of its own: that a batch has arrived leaves restructure.json as it was, and nothing is
     restructured again for it.
     """
-    folder = workspace.out("base") / "model"
-    model = load_model(folder, workspace.packages)
+    model = base_model(workspace, params.device)
     known, arrived = known_and_new(workspace, model.spec.classes)
     settings = _settings(params)
     found = triage(
         model,
         known,
         arrived if len(arrived) else None,
-        sizes=_sizes(model, folder, settings),
+        sizes=_sizes(model, workspace.out("base") / "model", settings),
         settings=settings,
     )
     findings = {verb: asdict(getattr(found, verb)) for verb in MAINTENANCE}
@@ -44,7 +44,7 @@ def run(params: TriageParams, workspace: Workspace) -> None:
 
 def _settings(params: TriageParams) -> TriageSettings:
     budgets = {name: allowed for name, allowed in params.budgets.model_dump().items() if allowed is not None}
-    return TriageSettings(**params.model_dump(exclude={"budgets"}), budgets=budgets)
+    return TriageSettings(**params.model_dump(exclude={"budgets", "device"}), budgets=budgets)
 
 
 def _sizes(model: Classifier, folder: Path, settings: TriageSettings) -> dict[str, float]:

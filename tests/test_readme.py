@@ -24,7 +24,7 @@ from nss.ingest import demo
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "mlflow" / "README.md"]
 # Commands that are not ours to check, beyond that we meant them.
-OTHERS = {".", "cd", "dask", "docker", "export", "git", "mlflow", "pip", "prefect", "printf"}
+OTHERS = {".", "cd", "curl", "dask", "docker", "export", "git", "mlflow", "pip", "prefect", "printf"}
 
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:make|nss|dvc) [a-z][^`]*)`")

@@ -26,7 +26,7 @@ WAIT = """
     while not (workspace.root / "artifacts" / "go").exists():
         time.sleep(0.05)
 """
-EVALUATE = '    model = load_model(workspace.out("base") / "model", workspace.packages)\n'
+EVALUATE = "    model = base_model(workspace, params.device)\n"
 
 
 def test_deleted_outputs_are_restored_and_not_computed(copy) -> None:

@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from flows import doctor
 from flows.doctor import Finding
 from nss.files import write_json
+from nss.model import fastest_device
 from tasks.layout import set_params
 from tasks.workspace import Workspace
 
@@ -136,3 +138,18 @@ def test_a_network_that_nobody_trains_is_not_asked_for(workspace: Workspace, pin
     """A champion is pinned, or meant to be: its own check says whether it can be used."""
     write_json(workspace.pin, pin)
     assert look(workspace, "own_net:Nothing") == Finding("parameters", True, GROUPS)
+
+
+@pytest.mark.parametrize("verb", ["base", "profile", "extend"])
+def test_a_device_that_is_not_there_is_said(workspace: Workspace, verb: str) -> None:
+    missing, fastest = ("mps", "cuda") if torch.cuda.is_available() else ("cuda", fastest_device().type)
+    set_params(workspace.params, {f"{verb}.device": missing})
+    assert look(workspace, "nss.zoo:lenet") == Finding(
+        "parameters", False, f"{verb}.device: {missing} is not there", f"{fastest} or auto, in params.yaml"
+    )
+
+
+def test_devices_of_a_cluster_are_not_looked_for_here(workspace: Workspace) -> None:
+    missing = "mps" if torch.cuda.is_available() else "cuda"
+    set_params(workspace.params, {"profile.device": missing, "profile.dask": "tcp://127.0.0.1:8786"})
+    assert look(workspace, "nss.zoo:lenet") == Finding("parameters", True, GROUPS)

@@ -185,11 +185,73 @@ def test_a_profile_is_the_same_wherever_it_is_computed(
 def test_a_model_elsewhere_is_restructured_as_here_and_stays_there(
     model: nss.Classifier, data: Data, profiled: nss.Profile, slices: nss.SemanticSlices, place: torch.device
 ) -> None:
-    here = nss.restructure(model, slices, data, profiled, macs=0.5)
+    here = nss.restructure(model, slices, data, profiled, macs=0.5, fine_tune_steps=2)
     with Machine(place):
-        there = nss.restructure(copy.deepcopy(model).to(place), slices, data, macs=0.5)
-        assert {each.device for each in there.model.state_dict().values()} == {place}
-        weights = {name: each.cpu() for name, each in there.model.state_dict().items()}
+        there = nss.restructure(copy.deepcopy(model).to(place), slices, data, macs=0.5, fine_tune_steps=2)
+        check_same(there.model, here.model, place)
     assert [layer.kept for layer in there.plan.layers.values()] == [layer.kept for layer in here.plan.layers.values()]
     assert any(len(layer.kept) < layer.total for layer in here.plan.layers.values())
-    torch.testing.assert_close(weights, dict(here.model.state_dict()), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("place", [MPS, DOUBLE], ids=str)
+def test_a_model_elsewhere_is_trained_and_judged_as_here(
+    model: nss.Classifier, data: Data, place: torch.device
+) -> None:
+    def trained(start: nss.Classifier) -> tuple[nss.Classifier, nss.Evaluation]:
+        nss.train(start, data, epochs=1, batch_size=16, seed=0)
+        return start, nss.evaluate(start, data)
+
+    here, scores = trained(copy.deepcopy(model))
+    with Machine(place):
+        there, found = trained(copy.deepcopy(model).to(place))
+        check_same(there, here, place)
+    assert found.accuracy == scores.accuracy
+
+
+@pytest.mark.parametrize("place", [MPS, DOUBLE], ids=str)
+def test_a_model_elsewhere_is_readapted_as_here_and_stays_there(
+    model: nss.Classifier,
+    data: Data,
+    profiled: nss.Profile,
+    slices: nss.SemanticSlices,
+    place: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A tensor that only says where it is cannot be detached in inference mode.
+    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)
+
+    def readapted(start: nss.Classifier, known: nss.Profile) -> nss.Classifier:
+        new = (data[0].flip(2), data[1])
+        return nss.readapt(
+            start, slices, new, data, profile=known, replay=0.5, distil=0.5, epochs=1, batch_size=16, seed=0
+        ).model
+
+    here = readapted(model, profiled)
+    with Machine(place):
+        check_same(readapted(copy.deepcopy(model).to(place), profiled), here, place)
+
+
+@pytest.mark.parametrize("place", [MPS, DOUBLE], ids=str)
+def test_a_model_elsewhere_is_extended_as_here_and_stays_there(networks: ModuleType, place: torch.device) -> None:
+    start = nss.build_model("nss.zoo:lenet", ["a", "b"], (1, 16, 16), seed=0)
+    images = networks.floats(60, (1, 16, 16)).clamp(0, 1)
+    old, new = (images[:40], torch.arange(40) % 2), (images[40:], torch.arange(20) % 2 + 2)
+    nss.train(start, old, epochs=1, batch_size=16, seed=0)
+    known = nss.profile(start, old, ("taylor",), windows=2)
+    slices = nss.semantic_slices(nss.critical_neurons(known, "taylor"), known)
+
+    def extended(start: nss.Classifier) -> nss.Classifier:
+        return nss.extend(
+            start, slices, new, 0.5, old_data=old, profile=known, classes=["c", "d"], epochs=1, batch_size=16, seed=0
+        ).model
+
+    here = extended(start)
+    with Machine(place):
+        # What tells the tasks apart is learned from noise here, and the last bits of sums count.
+        check_same(extended(copy.deepcopy(start).to(place)), here, place, atol=1e-3)
+
+
+def check_same(there: nss.Classifier, here: nss.Classifier, place: torch.device, atol: float = 1e-4) -> None:
+    assert {each.device for each in there.state_dict().values()} == {place}
+    weights = {name: each.cpu() for name, each in there.state_dict().items()}
+    torch.testing.assert_close(weights, dict(here.state_dict()), rtol=1e-3, atol=atol)

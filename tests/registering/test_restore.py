@@ -56,39 +56,38 @@ def test_a_promotion_in_a_new_store_registers_the_pinned_champion_and_a_rollback
     shop = in_a_new_store(two, template)
     shop.cycle(seed=3)
     done = go(shop)
-    assert (done.outcome, done.version.number, done.was.number) == ("promoted", 1, 2)
-    assert shop.aliases() == {"champion": 1, "previous": 2}
+    assert (done.outcome, done.version.number, done.was.number) == ("promoted", 2, 1)
+    assert shop.aliases() == {"champion": 2, "previous": 1}
     assert (done.was.model, done.was.batches) == (before.model, (batch,))
     tags = done.was.tags
     assert (tags["nss.verb"], tags["nss.pinned_as"]) == ("restored", "digits/2")
     assert tags["nss.source"] == "champion/, pinned as digits/2"
     assert shop.tracker.client.get_run(done.was.run_id).info.status == "FINISHED"
     back = rollback(shop)
-    assert (back.version.number, back.version.model) == (2, before.model)
+    assert (back.version.number, back.version.model) == (1, before.model)
     assert shop.is_settled(back.version)
-    assert shop.aliases() == {"champion": 2, "previous": 1}
+    assert shop.aliases() == {"champion": 1, "previous": 2}
 
 
 def test_the_pin_may_get_another_number_and_what_was_made_of_it_names_that(
     two, template: Path, batch: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = two.registry.by_number(1)
-    rollback(two)
+    first = two.registry.by_number(2)
     shop = in_a_new_store(two, template)
     shop.cycle(seed=3)
     done = go(shop)
     # The candidate has the number that is pinned, and another model.
-    assert (done.version.number, done.was.number, done.was.model) == (1, 2, first.model)
-    assert shop.registry.by_number(1).tags["nss.parent_version"] == "digits/2"
+    assert (done.version.number, done.was.number, done.was.model) == (2, 1, first.model)
+    assert done.version.tags["nss.parent_version"] == "digits/1"
     monkeypatch.setattr("sys.argv", ["nss", "lineage", "--json"])
     capsys.readouterr()
     with pytest.raises(SystemExit):
         cli.main()
     rows = json.loads(capsys.readouterr().out)
-    assert [(row["version"], row["verb"]) for row in rows] == [(1, "restructure"), (2, "restored")]
+    assert [(row["version"], row["verb"]) for row in rows] == [(2, "restructure"), (1, "restored")]
     assert rows[1]["model"] == first.model
     rollback(shop)
-    assert read_champion(shop.workspace) == Champion("digits", 2, first.model, (batch,))
+    assert read_champion(shop.workspace) == Champion("digits", 1, first.model, (batch,))
 
 
 def test_a_champion_that_was_pinned_by_hand_and_never_registered_becomes_the_previous(two, batch: str) -> None:
@@ -97,9 +96,20 @@ def test_a_champion_that_was_pinned_by_hand_and_never_registered_becomes_the_pre
     pin_champion(two.workspace, Champion("digits", 7, model, (batch,)), folder)
     two.cycle(seed=3)
     done = go(two)
-    assert (done.version.number, done.was.number, done.was.model) == (3, 4, model)
+    assert (done.version.number, done.was.number, done.was.model) == (4, 3, model)
     assert done.was.tags["nss.pinned_as"] == "digits/7"
-    assert two.aliases() == {"champion": 3, "previous": 4}
+    assert two.aliases() == {"champion": 4, "previous": 3}
+
+
+def test_a_candidate_that_waits_in_a_new_store_stands_beside_the_champion_it_was_made_of(two, template: Path) -> None:
+    before = read_champion(two.workspace)
+    shop = in_a_new_store(two.with_settings(promote="manual"), template)
+    shop.cycle(seed=3)
+    done = go(shop)
+    assert (done.outcome, shop.aliases()) == ("candidate", {"champion": 1, "candidate": 2})
+    assert shop.registry.by_number(1).model == before.model
+    assert shop.registry.by_number(2).tags["nss.parent_version"] == "digits/1"
+    assert (read_champion(shop.workspace), go(shop).version.number, shop.versions()) == (before, 2, [1, 2])
 
 
 def test_a_champion_that_is_registered_is_left_as_it_is(two) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import nss
 from tasks.registry import Registry
 from tasks.tracking import Tracker
 
@@ -42,9 +43,7 @@ SCRIPT = """
         run = tracker.open("base", {"stage": "base", "stage_key": me}, {})
         for step in range(10):
             tracker.log(run, metrics={f"m{step}": step})
-        (folder / me).mkdir()
-        (folder / me / "weights").write_text(me)
-        model = tracker.log_model(run.info.run_id, "base", folder / me, {})
+        model = tracker.log_model(run.info.run_id, "base", root / "model", {})
         meet(f"logged-{number}")
         version = Registry(tracker, "digits").add("key", run.info.run_id, model, {"nss.model": "m"})
         tracker.end(run.info.run_id, "FINISHED")
@@ -53,6 +52,7 @@ SCRIPT = """
 
 
 def test_four_processes_at_once_on_databases_that_are_not_there_yet_all_succeed(tmp_path: Path) -> None:
+    nss.save_model(nss.build_model("nss.zoo:lenet", ["a", "b"], (1, 16, 16), seed=0), tmp_path / "model")
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path)]
     processes = [
         subprocess.Popen(

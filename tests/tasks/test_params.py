@@ -22,21 +22,21 @@ from tasks.params import Budget, Linkage, Metric, Rule, load_params
 
 GOOD = {
     "base": "factory: nss.zoo:lenet; arguments: {}; packages: []; epochs: 3; batch_size: 64; "
-    "learning_rate: 5e-2; weight_decay: 0; seed: 0",
+    "learning_rate: 5e-2; weight_decay: 0; device: cpu; seed: 0",
     "profile": "metrics: [avg, taylor]; split: train; samples_per_class: null; batch_size: 128; windows: 4; "
     "device: auto; bf16: false; shards: 1; dask: null",
     "slice": "metric: taylor; rule: cumulative; threshold: 1; n_slices: null; distance_threshold: 0.5; "
     "linkage: average; layers: null",
     "triage": "alpha: 0.05; min_effect: 0.01; max_drop: 0.02; min_images: 30; min_class_images: 10; "
     "max_images: 1000; permutations: 999; "
-    "budgets: {parameters: null, macs: 1.5e+6, bytes: null, latency_ms: null}; seed: 0",
+    "budgets: {parameters: null, macs: 1.5e+6, bytes: null, latency_ms: null}; device: cpu; seed: 0",
     "restructure": "when: always; budget: macs; target: 0.5; cap: 0.9; multiple: 1; fine_tune_steps: 0; "
-    "learning_rate: 1e-2; distil: true; curve: []; seed: 0",
+    "learning_rate: 1e-2; distil: true; curve: []; device: cuda; seed: 0",
     "readapt": "when: always; share: 0.2; guard: 3; learning_rate: 5e-3; epochs: 10; batch_size: 64; replay: 0; "
-    "distil: 0; patience: 5; seed: 0",
+    "distil: 0; patience: 5; device: mps; seed: 0",
     "extend": "when: always; replay: 0.05; share: 0.7; width: 0.3; learning_rate: 5e-2; epochs: 3; batch_size: 64; "
-    "weight_decay: 5e-4; seed: 0",
-    "evaluate": "split: test; batch_size: 500",
+    "weight_decay: 5e-4; device: auto; seed: 0",
+    "evaluate": "split: test; batch_size: 500; device: cpu",
     "gate": "min_accuracy: 0.5; min_class_accuracy: 0.25; max_drop: 0.01; max_class_drop: 0.05; alpha: 0.05; "
     "min_saving: 0.05; min_images: 100",
     "register": "name: digits; promote: manual; commit: false",
@@ -77,7 +77,7 @@ def test_good_parameters_are_read_with_their_types(tmp_path: Path) -> None:
     assert params.base.learning_rate == 0.05
     assert params.slice.threshold == 1.0
     assert params.profile.samples_per_class is None
-    assert params.group("evaluate").model_dump() == {"split": "test", "batch_size": 500}
+    assert params.group("evaluate").model_dump() == {"split": "test", "batch_size": 500, "device": "cpu"}
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,7 @@ def test_good_parameters_are_read_with_their_types(tmp_path: Path) -> None:
         ("profile.metrics", "taylor", "'taylor'", "a list of some of avg, var, ens, taylor, deeplift"),
         ("profile.split", "test", "'test'", "train or val"),
         ("profile.device", "tpu", "'tpu'", "auto, cpu, cuda or mps"),
+        ("extend.device", "gpu", "'gpu'", "auto, cpu, cuda or mps"),
         ("profile.bf16", "1", "1", "true or false"),
         ("profile.shards", "0", "0", "a whole number from 1 to 10000"),
         ("profile.windows", "-1", "-1", "a whole number from 0 to 1000000: of one image in so many"),
@@ -164,14 +165,14 @@ def test_an_unknown_key_names_the_closest_and_all_allowed_ones(tmp_path: Path) -
 
 def test_an_unknown_key_like_no_other_gets_no_guess(tmp_path: Path) -> None:
     (problem,) = problems(write(tmp_path / "params.yaml", {"evaluate.zzz": "1"}))
-    assert problem == "evaluate.zzz: no such key; allowed: split, batch_size"
+    assert problem == "evaluate.zzz: no such key; allowed: split, batch_size, device"
 
 
 def test_a_missing_key_and_a_missing_group_say_what_belongs_there(tmp_path: Path) -> None:
     found = problems(write(tmp_path / "params.yaml", {"slice.threshold": None, "evaluate": None}))
     assert found == (
         "slice.threshold: missing; allowed: a number above 0, at most 1",
-        "evaluate: missing; allowed: a mapping with the keys split, batch_size",
+        "evaluate: missing; allowed: a mapping with the keys split, batch_size, device",
     )
 
 
@@ -183,7 +184,7 @@ def test_all_mistakes_are_listed_at_once(tmp_path: Path) -> None:
 def test_a_group_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "params.yaml", {"evaluate": None})
     path.write_text(path.read_text() + "evaluate: 3\n")
-    assert problems(path) == ("evaluate: 3 is not allowed; allowed: a mapping with the keys split, batch_size",)
+    assert problems(path) == ("evaluate: 3 is not allowed; allowed: a mapping with the keys split, batch_size, device",)
 
 
 def test_a_metric_that_is_not_gathered_cannot_be_sliced_by(tmp_path: Path) -> None:
@@ -264,16 +265,20 @@ def test_too_few_permutations_to_be_sure_are_refused_as_the_library_refuses_them
     TriageSettings(alpha=float(alpha), permutations=fewest)
 
 
-@pytest.mark.parametrize(("group", "settings"), [("triage", TriageSettings), ("gate", GateSettings)])
-def test_settings_of_a_decision_are_those_of_the_library(tmp_path: Path, group: str, settings: type) -> None:
+@pytest.mark.parametrize(
+    ("group", "settings", "beside"), [("triage", TriageSettings, {"device"}), ("gate", GateSettings, set())]
+)
+def test_settings_of_a_decision_are_those_of_the_library(
+    tmp_path: Path, group: str, settings: type, beside: set[str]
+) -> None:
     given = load_params(write(tmp_path / "params.yaml")).group(group).model_dump()
-    assert set(given) == {field.name for field in fields(settings)}
+    assert set(given) == {field.name for field in fields(settings)} | beside
 
 
 def test_the_repositorys_settings_of_decisions_are_the_librarys_defaults_but_for_budgets() -> None:
     params = load_params(Path(__file__).resolve().parents[2] / "params.yaml")
     assert GateSettings(**params.gate.model_dump()) == GateSettings()
-    assert TriageSettings(**params.triage.model_dump(exclude={"budgets"})) == TriageSettings()
+    assert TriageSettings(**params.triage.model_dump(exclude={"budgets", "device"})) == TriageSettings()
     assert set(params.triage.budgets.model_dump()) == set(SIZES)
     assert [params.restructure.when, params.readapt.when, params.extend.when] == ["triage"] * 3
 
@@ -297,7 +302,7 @@ def test_a_guard_needs_what_the_profile_gathers_for_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("verb", [readapt, extend])
 def test_every_setting_of_a_verb_is_one_of_the_library(tmp_path: Path, verb: Callable[..., object]) -> None:
     known = inspect.signature(verb).parameters
-    settings = load_params(write(tmp_path / "params.yaml")).group(verb.__name__).model_dump(exclude={"when"})
+    settings = load_params(write(tmp_path / "params.yaml")).group(verb.__name__).model_dump(exclude={"when", "device"})
     assert [name for name in settings if name not in known] == []
 
 

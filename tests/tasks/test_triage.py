@@ -171,7 +171,7 @@ def changed(name: str, value: float, budgets: dict[str, float | None]) -> dict[s
 
 def in_params(name: str, value: float) -> bool:
     try:
-        TriageParams(**changed(name, value, FREE))
+        TriageParams(**changed(name, value, FREE), device="cpu")
     except ValidationError:
         return False
     return True

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nss.files import write_json
+from nss.model import build_model, save_model
 from nss.slice import SemanticSlice, SemanticSlices
 from tasks import journal
 from tasks.champion import unpin_champion
@@ -19,6 +20,7 @@ from tasks.tracking import Tracker
 from tasks.workspace import Workspace
 
 KEY = StageKey("a" * 32, "d" * 32, "c" * 32, "p" * 32)
+MODEL = build_model("nss.zoo:lenet", ("a", "b", "c"), (1, 8, 8), seed=0)
 PARAMS = load_params(Path(__file__).resolve().parents[2] / "params.yaml")
 
 
@@ -34,7 +36,7 @@ def workspace(tmp_path: Path) -> Workspace:
         ["epoch", "loss", "train_accuracy", "val_accuracy"],
         [(1, 1.0, 0.5, 0.5), (2, 0.1, 1, 0.75)],
     )
-    write_json(base / "model" / "model.json", {})
+    save_model(MODEL, base / "model")
     write_json(profile / "metrics.json", {"neurons": 4})
     write_json(triage / "metrics.json", {"restructure": 1, "readapt": 0, "extend": 0})
     over = {"macs": {"found": 12, "allowed": 10}}
@@ -60,7 +62,7 @@ def workspace(tmp_path: Path) -> Workspace:
     write_json(cut / "slices_val.json", {"vote_accuracy": 0.7, "told_accuracy": 0.9, "slices": scores})
     write_json(cut / "metrics.json", {"slices": 2})
     for part in parts:
-        write_json(cut / "models" / part.name / "model.json", {"name": part.name})
+        save_model(MODEL, cut / "models" / part.name)
     write_json(evaluate / "metrics.json", {"accuracy": 0.5, "worst_accuracy": 0.0})
     write_csv(evaluate / "per_class.csv", ["class", "accuracy"], [("a", 1.0), ("b", 0.0), ("c", 0.5)])
     write_csv(evaluate / "confusion.csv", ["actual", "predicted"], [("a", "a"), ("b", "c"), ("c", "c"), ("c", "a")])
@@ -152,7 +154,7 @@ def followed(workspace: Workspace) -> Workspace:
     folder = workspace.out("readapt")
     write_json(folder / "metrics.json", {"done": 1, "moved_share": 0.1, "new_accuracy": None, "kept_epoch": 1})
     write_json(folder / "result.json", {"done": True, "why": "all epochs done"})
-    write_json(folder / "model" / "model.json", {})
+    save_model(MODEL, folder / "model")
     write_csv(folder / "curve.csv", ["epoch", "new", "old"], [(0, 0.25, 0.75), (1, 0.5, 0.625), (2, 0.5, 0.5)])
     write_csv(folder / "tuned.csv", ["layer", "tuned", "total"], [("conv", 2, 4), ("head", 0, 3)])
     rows = [("a", 1.0, 0.75, 0.0, 0.5), ("b", 0.5, 0.5, 0.25, 0.125), ("c", 0.5, 1.0, None, None)]
@@ -209,7 +211,7 @@ def grown(workspace: Workspace) -> Workspace:
     folder = workspace.out("extend")
     write_json(folder / "metrics.json", {"done": 1, "new_accuracy": 0.5, "old_accuracy": None})
     write_json(folder / "result.json", {"done": True, "why": "new classes have arrived: d"})
-    write_json(folder / "model" / "model.json", {})
+    save_model(MODEL, folder / "model")
     write_csv(folder / "curve.csv", ["epoch", "loss", "new"], [(1, 0.75, 0.25), (2, 0.5, 0.5)])
     rows = [("a", 1.0, 0.75), ("b", 0.5, 0.625), ("c", None, None), ("d", None, 0.5)]
     write_csv(folder / "change.csv", ["class", "before", "after"], rows)

@@ -10,6 +10,7 @@ import pytest
 from mlflow.artifacts import download_artifacts
 from sqlalchemy import create_engine, text
 
+import nss
 from tasks import tracking
 from tasks.registry import Registry
 from tasks.tracking import Tracker, follow, open_tracker
@@ -35,8 +36,7 @@ def old(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work
     execute(workspace, "UPDATE experiments SET artifact_location = :new WHERE name = 'nss'", new=place(workspace))
     tracker = open_tracker(workspace)
     run = tracker.open("base", {"stage": "base", "stage_key": "k"}, {})
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "weights").write_text("old")
+    nss.save_model(nss.build_model("nss.zoo:lenet", ["a", "b"], (1, 16, 16), seed=0), tmp_path / "model")
     model_id = tracker.log_model(run.info.run_id, "base", tmp_path / "model", {})
     Registry(tracker, "m").add("key", run.info.run_id, model_id, {})
     return workspace
@@ -61,8 +61,8 @@ def below(workspace: Workspace) -> list[bool]:
     return [each.startswith(place(workspace) + "/") or each == place(workspace) for each in places(workspace)[1:]]
 
 
-def files(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_moved_workspace_finds_its_models_and_leaves_nothing_at_its_old_place(old: Workspace, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_moved_workspace_finds_its_models_and_leaves_nothing_at_its_old_place(
     assert below(new) == [True] * 5
     version = tracker.client.get_model_version("m", "1")
     model = download_artifacts(artifact_uri=version.source, dst_path=str(tmp_path / "got"))
-    assert (Path(model) / "weights").read_text() == "old"
+    assert files(Path(model)).items() > files(tmp_path / "model").items()
     tracker.client.log_text(version.run_id, "new", "note.md")
     assert (new.store / "artifacts" / version.run_id / "artifacts" / "note.md").read_text() == "new"
     assert not old.root.exists()
@@ -90,7 +90,7 @@ def test_a_copied_workspace_writes_into_its_own_artifacts_only(old: Workspace, t
         tracker.client.log_text(run_id, "new", "note.md")
         assert (new.store / "artifacts" / run_id / "artifacts" / "note.md").read_text() == "new"
     assert files(old.store / "artifacts") == held
-    assert len(held) == 1
+    assert {Path(name).name for name in held} == {"MLmodel", "model.json", "model.safetensors"}
     assert places(old) == before
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import mlflow
 import pytest
 
+import nss
 from nss.errors import StageError
+from nss.model import model_digest
 from tasks.tracking import Tracker, create_database, require_answer, shown_uri, tracking_uri
 from tasks.workspace import Workspace
 
@@ -128,14 +130,14 @@ def test_a_model_is_logged_once_and_comes_back(
     tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "model.json").write_text("{}")
+    model = nss.build_model("nss.zoo:lenet", classes=["a", "b"], input_shape=(1, 16, 16), seed=0)
+    nss.save_model(model, folder)
     run = tracker.open("slice-0", {"slice": "slice-0"}, {})
     ids = {tracker.log_model(run.info.run_id, "slice-0", folder, {"categories": "a, b"}) for _ in range(2)}
     assert len(ids) == 1
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
     back = Path(mlflow.artifacts.download_artifacts(f"models:/{ids.pop()}"))
-    assert (back / "model.json").read_text() == "{}"
+    assert model_digest(nss.load_model(back)) == model_digest(model)
 
 
 def test_the_data_set_is_an_input_of_the_run_under_dvcs_hash(tracker: Tracker, tmp_path: Path) -> None:
