@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nss.model import device_of, evaluating, shape_of
@@ -23,6 +25,18 @@ def count_macs(model: nn.Module, input_shape: Sequence[int] | None = None) -> in
     """
     shape = shape_of(model, input_shape)
     image = torch.zeros(1, *shape, device=device_of(model))
-    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with evaluating(model), torch.no_grad(), _attention_in_parts(), FlopCounterMode(display=False) as counter:
         model(image)
     return int(counter.get_total_flops()) // 2
+
+
+@contextmanager
+def _attention_in_parts() -> Iterator[None]:
+    """Compute attention by products of matrices: the counter does not know those that do all of it at once."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

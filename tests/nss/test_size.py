@@ -1,0 +1,33 @@
+"""Multiply-adds against sums by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import nss
+
+
+def test_those_of_a_convolution_and_a_head_are_products_of_their_sizes() -> None:
+    # 16 of 3 x 3 x 3 at 32 x 32 places; 16 maps pooled to 4 x 4, seven classes.
+    layers = (nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(256, 7))
+    assert nss.count_macs(nn.Sequential(*layers), (3, 32, 32)) == 32 * 32 * 16 * 27 + 256 * 7
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_attention_counts_whole_whether_pytorch_computes_it_at_once_or_not(is_fast: bool) -> None:
+    arguments = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 256}
+    factory = "torchvision.models:VisionTransformer"
+    model = nss.build_model(factory, list("abcd"), (3, 32, 32), seed=0, arguments=arguments).eval()
+    tokens, width = 4 * 4 + 1, 64
+    project = tokens * width * 4 * width  # queries, keys, values, and what comes out
+    attend = 2 * tokens * tokens * width  # scores, and values by them, of all heads
+    layer = project + attend + 2 * tokens * width * 256
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(is_fast)
+    try:
+        assert nss.count_macs(model) == 4 * 4 * width * 3 * 8 * 8 + 2 * layer + width * 4
+        assert torch.backends.mha.get_fastpath_enabled() is is_fast
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
