@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -106,12 +106,21 @@ def remove(
     8
     """
     refuse_unowned(network_of(model), "removing", SiteError)
-    network = copy.deepcopy(network_of(model))
-    sites = find_sites(network, shape_of(model, input_shape))
+    whole = copy.deepcopy(model)
+    smaller = cut_out(whole, find_sites(network_of(whole), shape_of(model, input_shape)), neurons)
+    if isinstance(model, Classifier) and isinstance(smaller, Classifier):
+        smaller.spec = replace(smaller.spec, parent=model_digest(model))
+    return smaller
+
+
+def cut_out(model: nn.Module, sites: Sites, neurons: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Remove neurons from a model in place, and return it; a Classifier as a new one, whose spec says what is left.
+
+    sites: of the model, or of one that it is a copy of: they need not be found again for each of many copies.
+    """
+    network = network_of(model)
     left = cut(network, sites, sites.couple(neurons).ids)
-    if not isinstance(model, Classifier):
-        return network
-    return with_network(model, network, kept=_composed(model, sites, left), parent=model_digest(model))
+    return with_network(model, network, kept=_composed(model, sites, left)) if isinstance(model, Classifier) else model
 
 
 def _composed(model: Classifier, sites: Sites, left: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:

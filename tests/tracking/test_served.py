@@ -140,10 +140,12 @@ def served(tracker: Tracker, champion: str, tmp_path: Path) -> Iterator[str]:
     """Yield the address of a real `mlflow models serve`."""
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", champion, "--env-manager", "local"]
+    # MLflow starts uvicorn by its name.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     log = (tmp_path / "served.log").open("w")
     process = subprocess.Popen(
         [*command, "--port", str(port)],
-        env={**os.environ, "MLFLOW_TRACKING_URI": tracker.uri},
+        env={**os.environ, "MLFLOW_TRACKING_URI": tracker.uri, "PATH": path},
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -156,8 +158,9 @@ def served(tracker: Tracker, champion: str, tmp_path: Path) -> Iterator[str]:
             time.sleep(0.2)
         yield address
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def answers(address: str) -> bool:
