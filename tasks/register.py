@@ -103,9 +103,12 @@ def commit_cycle(workspace: Workspace, params: Params) -> list[str]:
     return [problem] if problem else []
 
 
-def register(workspace: Workspace, params: Params, tracker: Tracker, cycle_run_id: str) -> Registered:
+def register(
+    workspace: Workspace, params: Params, tracker: Tracker, cycle_run_id: str, pipeline: Pipeline | None = None
+) -> Registered:
     """Register what the gate promotes; with register.promote auto it is the champion then, else the candidate.
 
+    pipeline: of the workspace, if there is one that keeps what it has read.
     Doing it again, after whatever end, changes nothing that is done already. Raises what `tasks.promotion.make` does.
     """
     with locked(workspace):
@@ -115,7 +118,7 @@ def register(workspace: Workspace, params: Params, tracker: Tracker, cycle_run_i
             return Registered(gate.verdict, "kept", warnings=tuple(warnings))
         if not is_about_the_champion(workspace):
             return Registered(gate.verdict, "outdated", warnings=tuple(warnings))
-        version = add_version(workspace, params, tracker, gate, gate.promoted)
+        version = add_version(workspace, params, tracker, gate, gate.promoted, pipeline or Pipeline(workspace))
         if params.register.promote == "auto" and not version.tags.get(ROLLED_BACK):
             return move_to(workspace, params, tracker, gate, version, cycle_run_id=cycle_run_id)
         Registry(tracker, version.name).set_alias(CANDIDATE, version.number)
@@ -129,14 +132,16 @@ def is_about_the_champion(workspace: Workspace) -> bool:
     return bool(judged == (pin and {"name": pin.name, "version": pin.version}))
 
 
-def add_version(workspace: Workspace, params: Params, tracker: Tracker, gate: Gate, verb: str) -> Version:
+def add_version(
+    workspace: Workspace, params: Params, tracker: Tracker, gate: Gate, verb: str, pipeline: Pipeline
+) -> Version:
     """Return the version of a candidate, registered with where it comes from when it is not yet.
 
     The champion goes first, where the registry does not have it: what was made of it names it.
     """
     registry = Registry(tracker, params.register.name)
     restore(workspace, registry)
-    each, pipeline = gate.candidates[verb], Pipeline(workspace)
+    each = gate.candidates[verb]
     figures = {**each["figures"], **_per_class(workspace, verb)}
     key = version_key(each["model"], each["batches"], figures)
     with pipeline.kept():
@@ -233,7 +238,7 @@ def promote(
         if already := _already(workspace, tracker, gate, chosen):
             return already
         _require_current(workspace)
-        version = add_version(workspace, params, tracker, gate, chosen)
+        version = add_version(workspace, params, tracker, gate, chosen, Pipeline(workspace))
         return move_to(workspace, params, tracker, gate, version, forced=forced, reason=reason)
 
 
