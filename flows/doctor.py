@@ -113,21 +113,29 @@ def _params(workspace: Workspace) -> str:
 
 
 def _require_devices(params: Params) -> None:
-    """Raise which stages would compute on what this machine does not have; a Dask cluster has devices of its own."""
-    from torch import nn
-
-    from nss.errors import ModelError
-    from nss.model import fastest_device, on_device
+    """Raise which settings name a device that is not there; a Dask cluster has devices of its own."""
+    from nss.model import fastest_device
 
     asked = {name: each["device"] for name, each in params.model_dump().items() if "device" in each}
     if params.profile.dask:
         del asked["profile"]
-    for name, device in asked.items():
-        try:
-            on_device(nn.Linear(1, 1), device)
-        except ModelError:
-            fastest = fastest_device().type
-            raise NssError(f"{name}.device: {device} is not there", fix=f"{fastest} or auto, in params.yaml") from None
+    missing = [f"{name}.device: {device}" for name, device in asked.items() if not _has(device)]
+    if missing:
+        fix = f"{fastest_device().type} or auto, in params.yaml"
+        raise NssError(f"{', '.join(missing)} is not there", fix=fix)
+
+
+def _has(device: str) -> bool:
+    from torch import nn
+
+    from nss.errors import ModelError
+    from nss.model import on_device
+
+    try:
+        on_device(nn.Linear(1, 1), device)
+    except ModelError:
+        return False
+    return True
 
 
 def _trains(workspace: Workspace) -> bool:

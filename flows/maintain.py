@@ -121,7 +121,7 @@ def maintain(root: str, retries: int = 0) -> CycleReport:
             stages = tuple(_stage(pipeline, params, name, cycle, retries) for name in pipeline.stages())
             cycle.finish(stages)
             gate = register.record(workspace, cycle.run_id)
-            done = cycle.register(pipeline, params)
+            done = cycle.register(workspace, params)
             if any(each.outcome != "cached" for each in stages):
                 cycle.try_to(lambda tracker: _log_report(tracker, cycle.run_id, workspace, done))
     return CycleReport(
@@ -223,13 +223,13 @@ class _Cycle:
         """End the promotion or rollback that a process which was killed has begun."""
         self._keep(lambda tracker: _warn(promotion.resume(workspace, tracker)[1]))
 
-    def register(self, pipeline: Pipeline, params: Params) -> Registered | None:
+    def register(self, workspace: Workspace, params: Params) -> Registered | None:
         """Register what the gate promotes and tag the run with it; None when the tracking store does not answer."""
-        _warn(register.commit_cycle(pipeline.workspace, params))
-        return self._keep(lambda tracker: self._register(pipeline, params, tracker))
+        _warn(register.commit_cycle(workspace, params))
+        return self._keep(lambda tracker: self._register(workspace, params, tracker))
 
-    def _register(self, pipeline: Pipeline, params: Params, tracker: Tracker) -> Registered:
-        done = register.register(pipeline.workspace, params, tracker, self.run_id, pipeline)
+    def _register(self, workspace: Workspace, params: Params, tracker: Tracker) -> Registered:
+        done = register.register(workspace, params, tracker, self.run_id)
         _warn(done.warnings)
         tags = {"nss.verdict": done.verdict, "nss.outcome": done.outcome, "nss.promoted": done.verb or ""}
         if done.version:

@@ -10,7 +10,7 @@ from typing import cast
 from torch import Tensor
 
 from nss.data import Data
-from nss.errors import RestructureError, SiteError
+from nss.errors import RestructureError
 from nss.merge import Reading, fold, readings
 from nss.model import Classifier, evaluating
 from nss.narrow import narrow
@@ -22,7 +22,7 @@ from nss.sites import Sites, find_sites
 from nss.steps import first_of_each, training_images
 from nss.told import route_by
 from nss.units import find_units
-from nss.weight_masks import refuse_masks, refuse_unowned
+from nss.weight_masks import refuse_masks
 
 
 def apply_plan(
@@ -64,7 +64,6 @@ def refitted(
 
 def merged(model: Classifier, sites: Sites, read: Sequence[Reading], stay: Tensor) -> Classifier:
     """Return a smaller copy of `model` with what leaves folded into what stays. stay: bool [channels]."""
-    refuse_unowned(model.network, "removing", SiteError)
     folded = copy.deepcopy(model)
     for reading in read:
         fold(folded.network, reading, stay)

@@ -37,7 +37,7 @@ from nss.wiring import Columns, read_earlier
 
 TRUSTED = ("nss.zoo", "torchvision.models")
 
-Module = TypeVar("Module", bound=nn.Module)
+M = TypeVar("M", bound=nn.Module)
 
 
 class Classifier(nn.Module):
@@ -330,7 +330,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def on_device(model: Module, device: str | torch.device | None) -> Module:
+def on_device(model: M, device: str | torch.device | None) -> M:
     """Return `model` where it is, or a copy of it on another device; "auto" is CUDA, then MPS, then the CPU.
 
     Raises ModelError for a device that this machine does not have.

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nss.model import Classifier, fastest_device, load_model
+from nss.model import Classifier, load_model, on_device
+from nss.predict import predict
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 PACKAGES = "packages"
 """Name, in the configuration of a logged model, of the packages that its factory may come from."""
-_BATCH = 256
 
 
 class Served:
@@ -30,8 +30,7 @@ class Served:
     """
 
     def __init__(self, model: Classifier) -> None:
-        self.device = fastest_device()
-        self.model = model.eval().to(self.device)
+        self.model = on_device(model, "auto")
 
     def predict(self, model_input: NDArray[Any]) -> DataFrame:
         """Return the probability of each class, float64: a row for each image, a column for each class by its name.
@@ -40,14 +39,11 @@ class Served:
         """
         from pandas import DataFrame
 
-        images = torch.from_numpy(np.ascontiguousarray(model_input))
-        with torch.inference_mode():
-            parts = [self._probabilities(part) for part in images.split(_BATCH)]
-        return DataFrame(torch.cat(parts).numpy(), columns=list(self.model.spec.classes))
-
-    def _probabilities(self, images: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(images.to(self.device))
-        return logits.cpu().double().softmax(1)
+        classes, images = list(self.model.spec.classes), torch.from_numpy(np.ascontiguousarray(model_input))
+        if not len(images):
+            return DataFrame(columns=classes, dtype=float)
+        logits, _ = predict(self.model, (images, torch.zeros(len(images), dtype=torch.int64)))
+        return DataFrame(logits.double().softmax(1).numpy(), columns=classes)
 
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Sequence[str]] | None = None) -> Served:

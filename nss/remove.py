@@ -108,7 +108,7 @@ def remove(
     refuse_unowned(network_of(model), "removing", SiteError)
     whole = copy.deepcopy(model)
     smaller = cut_out(whole, find_sites(network_of(whole), shape_of(model, input_shape)), neurons)
-    if isinstance(model, Classifier) and isinstance(smaller, Classifier):
+    if isinstance(smaller, Classifier):
         smaller.spec = replace(smaller.spec, parent=model_digest(model))
     return smaller
 

@@ -281,8 +281,8 @@ def _promote(
     reason: str,
 ) -> Registered:
     registry, pin = Registry(tracker, version.name), read_champion(workspace)
+    restore(workspace, registry)
     if pin and (pin.name, pin.version, pin.model) == (version.name, version.number, version.model):
-        restore(workspace, registry)
         return Registered("", "promoted", VERB, version, registry.by_alias(PREVIOUS))
     was, previous = place_of(workspace, registry, version)
     scores = candidate.scores

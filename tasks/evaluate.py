@@ -10,7 +10,7 @@ from nss.data import Dataset
 from nss.errors import StageError
 from nss.evaluate import SlicesEvaluation, evaluate_slices
 from nss.files import read_json, replacing, write_json
-from nss.model import load_model, model_digest, on_device
+from nss.model import model_digest
 from nss.slice import SemanticSlices
 from tasks.batches import known_and_new
 from tasks.candidates import Answers, Scores, candidate
@@ -55,7 +55,7 @@ def run(params: EvaluateParams, workspace: Workspace) -> None:
 
 def _scores(workspace: Workspace, verb: str, old: Dataset, new: Dataset, params: EvaluateParams) -> Scores:
     folder = workspace.out(verb)
-    model = model_in(folder, workspace, params.device)
+    model = model_in(folder / "model", workspace, params.device)
     batches = read_json(folder / "source.json", StageError)["batches"]
     answers = (Answers.of(model, part, params.batch_size) for part in (old, new))
     return Scores(folder / "model", *answers, batches)
@@ -69,7 +69,7 @@ def _candidates(workspace: Workspace) -> list[str]:
 def _slices(workspace: Workspace, held_out: Dataset, params: EvaluateParams) -> SlicesEvaluation:
     slices = SemanticSlices.load(workspace.out("slice") / "slices.json")
     folder = workspace.out("slice") / "models"
-    models = [on_device(load_model(folder / each.name, workspace.packages), params.device) for each in slices]
+    models = [model_in(folder / each.name, workspace, params.device) for each in slices]
     return evaluate_slices(slices, models, held_out, params.batch_size)
 
 

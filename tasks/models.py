@@ -17,9 +17,9 @@ def base_model(workspace: Workspace, device: str = "cpu") -> Classifier:
     >>> base_model(find_workspace()).spec.classes  # doctest: +SKIP
     ('0', '1', '2')
     """
-    return model_in(workspace.out("base"), workspace, device)
+    return model_in(workspace.out("base") / "model", workspace, device)
 
 
 def model_in(folder: Path, workspace: Workspace, device: str = "cpu") -> Classifier:
-    """Return the model that a stage wrote to its folder. device, errors: see `base_model`."""
-    return on_device(load_model(folder / "model", workspace.packages), device)
+    """Return the model in a folder that a stage wrote. device, errors: see `base_model`."""
+    return on_device(load_model(folder, workspace.packages), device)

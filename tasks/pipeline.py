@@ -73,13 +73,7 @@ class Pipeline:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """In this block dvc.yaml and dvc.lock are read once, and again only after one of them has changed.
-
-        A block within such a block keeps what that one keeps.
-        """
-        if self._kept is not None:
-            yield
-            return
+        """In this block dvc.yaml and dvc.lock are read once, and again only after one of them has changed."""
         self._kept = _Kept(self.workspace.root)
         try:
             yield

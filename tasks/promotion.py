@@ -221,9 +221,8 @@ def _register_again(workspace: Workspace, registry: Registry, pin: Champion) -> 
 def place_of(workspace: Workspace, registry: Registry, version: Version) -> tuple[Version | None, Version | None]:
     """Return what is maintained before `version` is, and what a rollback is to lead back to then.
 
-    The champion is registered for that where it is not.
+    A pinned champion must be registered: `restore`.
     """
-    restore(workspace, registry)
     was = maintained(workspace, registry)
     # Unpinned by hand it may be the champion by alias already: what was before it stays what was before it.
     return was, registry.by_alias(PREVIOUS) if was and was.number == version.number else was

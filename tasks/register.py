@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from nss.errors import StageError
@@ -103,12 +103,9 @@ def commit_cycle(workspace: Workspace, params: Params) -> list[str]:
     return [problem] if problem else []
 
 
-def register(
-    workspace: Workspace, params: Params, tracker: Tracker, cycle_run_id: str, pipeline: Pipeline | None = None
-) -> Registered:
+def register(workspace: Workspace, params: Params, tracker: Tracker, cycle_run_id: str) -> Registered:
     """Register what the gate promotes; with register.promote auto it is the champion then, else the candidate.
 
-    pipeline: of the workspace, if there is one that keeps what it has read.
     Doing it again, after whatever end, changes nothing that is done already. Raises what `tasks.promotion.make` does.
     """
     with locked(workspace):
@@ -118,7 +115,7 @@ def register(
             return Registered(gate.verdict, "kept", warnings=tuple(warnings))
         if not is_about_the_champion(workspace):
             return Registered(gate.verdict, "outdated", warnings=tuple(warnings))
-        version = add_version(workspace, params, tracker, gate, gate.promoted, pipeline or Pipeline(workspace))
+        version = add_version(workspace, params, tracker, gate, gate.promoted)
         if params.register.promote == "auto" and not version.tags.get(ROLLED_BACK):
             return move_to(workspace, params, tracker, gate, version, cycle_run_id=cycle_run_id)
         Registry(tracker, version.name).set_alias(CANDIDATE, version.number)
@@ -132,16 +129,14 @@ def is_about_the_champion(workspace: Workspace) -> bool:
     return bool(judged == (pin and {"name": pin.name, "version": pin.version}))
 
 
-def add_version(
-    workspace: Workspace, params: Params, tracker: Tracker, gate: Gate, verb: str, pipeline: Pipeline
-) -> Version:
+def add_version(workspace: Workspace, params: Params, tracker: Tracker, gate: Gate, verb: str) -> Version:
     """Return the version of a candidate, registered with where it comes from when it is not yet.
 
     The champion goes first, where the registry does not have it: what was made of it names it.
     """
     registry = Registry(tracker, params.register.name)
     restore(workspace, registry)
-    each = gate.candidates[verb]
+    each, pipeline = gate.candidates[verb], Pipeline(workspace)
     figures = {**each["figures"], **_per_class(workspace, verb)}
     key = version_key(each["model"], each["batches"], figures)
     with pipeline.kept():
@@ -175,11 +170,11 @@ def _parent(workspace: Workspace, registry: Registry, candidate: Mapping[str, An
     if candidate["parent"] in (None, candidate["model"]):
         return {}
     pin, was = read_champion(workspace), maintained(workspace, registry)
-    if pin and was and was.model == pin.model:
+    version = f"{pin.name}/{pin.version}" if pin else ""
+    if was and was.model == candidate["parent"]:
         # By the number that it has here: another registry than the one that it was pinned from may have given another.
-        pin = replace(pin, name=was.name, version=was.number)
-    version = {"nss.parent_version": f"{pin.name}/{pin.version}"} if pin else {}
-    return {"nss.parent": candidate["parent"], **version}
+        version = f"{was.name}/{was.number}"
+    return {"nss.parent": candidate["parent"], **({"nss.parent_version": version} if version else {})}
 
 
 def move_to(
@@ -238,7 +233,7 @@ def promote(
         if already := _already(workspace, tracker, gate, chosen):
             return already
         _require_current(workspace)
-        version = add_version(workspace, params, tracker, gate, chosen, Pipeline(workspace))
+        version = add_version(workspace, params, tracker, gate, chosen)
         return move_to(workspace, params, tracker, gate, version, forced=forced, reason=reason)
 
 

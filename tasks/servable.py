@@ -9,10 +9,8 @@ import numpy as np
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
+import nss.pyfunc
 from nss.model_spec import ModelSpec, read_spec
-
-LOADER = "nss.pyfunc"
-"""Imported by MLflow: by its name, since asking the module itself would load PyTorch."""
 
 
 def describe(folder: Path, model_id: str, run_id: str, packages: tuple[str, ...]) -> str:
@@ -24,8 +22,8 @@ def describe(folder: Path, model_id: str, run_id: str, packages: tuple[str, ...]
     """
     spec, _ = read_spec(folder / "model.json")
     model = Model(run_id=run_id, signature=_signature(spec), model_id=model_id)
-    settings = {"packages": list(packages)} if packages else None
-    mlflow.pyfunc.add_to_model(model, loader_module=LOADER, model_config=settings)
+    settings = {nss.pyfunc.PACKAGES: list(packages)}
+    mlflow.pyfunc.add_to_model(model, loader_module=nss.pyfunc.__name__, model_config=settings)
     return str(model.to_yaml())
 
 

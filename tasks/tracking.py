@@ -189,7 +189,7 @@ class Tracker:
         return model.model_id
 
     def _log_description(self, model_id: str, run_id: str, folder: Path) -> None:
-        # A tenth of a second of imports, which who only reads runs need not wait for.
+        # PyTorch and more of MLflow, which who logs no model need not wait for.
         from tasks.servable import describe
 
         with tempfile.TemporaryDirectory(prefix="nss-") as beside:

@@ -140,12 +140,13 @@ def test_a_network_that_nobody_trains_is_not_asked_for(workspace: Workspace, pin
     assert look(workspace, "own_net:Nothing") == Finding("parameters", True, GROUPS)
 
 
-@pytest.mark.parametrize("verb", ["base", "profile", "extend"])
-def test_a_device_that_is_not_there_is_said(workspace: Workspace, verb: str) -> None:
+@pytest.mark.parametrize("verbs", [("base",), ("profile",), ("extend",), ("base", "evaluate")])
+def test_a_device_that_is_not_there_is_said(workspace: Workspace, verbs: tuple[str, ...]) -> None:
     missing, fastest = ("mps", "cuda") if torch.cuda.is_available() else ("cuda", fastest_device().type)
-    set_params(workspace.params, {f"{verb}.device": missing})
+    asked = [f"{verb}.device: {missing}" for verb in verbs]
+    set_params(workspace.params, {f"{verb}.device": missing for verb in verbs})
     assert look(workspace, "nss.zoo:lenet") == Finding(
-        "parameters", False, f"{verb}.device: {missing} is not there", f"{fastest} or auto, in params.yaml"
+        "parameters", False, f"{', '.join(asked)} is not there", f"{fastest} or auto, in params.yaml"
     )
 
 

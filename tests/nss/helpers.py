@@ -12,6 +12,9 @@ from nss.sites import find_sites
 from nss.weight_masks import weight_masks
 
 RGB = (3, 6, 6)
+# Arguments of torchvision's transformers for images of 32 x 32.
+VIT = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 256}
+SWIN = {"patch_size": [2, 2], "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": [4, 4]}
 
 
 class Joined(nn.Module):

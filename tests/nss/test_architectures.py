@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_helpers import SWIN, VIT
 from torch import nn
 
 from nss import (
@@ -27,8 +28,6 @@ from nss import (
 )
 from nss.sites import find_sites
 
-SMALL_VIT = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 128}
-SMALL_SWIN = {"patch_size": [2, 2], "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": [4, 4]}
 NO_AUXILIARY = {"aux_logits": False, "init_weights": False}
 MODELS: dict[str, dict[str, Any]] = {
     "resnet18": {},
@@ -41,8 +40,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "shufflenet_v2_x0_5": {},
     "googlenet": NO_AUXILIARY,
     "convnext_tiny": {},
-    "VisionTransformer": SMALL_VIT,
-    "SwinTransformer": SMALL_SWIN,
+    "VisionTransformer": {**VIT, "mlp_dim": 128},
+    "SwinTransformer": SWIN,
 }
 # Channel shuffles fix how many channels two branches have: those neurons get zero weights instead.
 MASKED_ONLY = {"shufflenet_v2_x0_5"}

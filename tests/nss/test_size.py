@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_helpers import VIT
 from torch import nn
 
 import nss
@@ -17,9 +18,8 @@ def test_those_of_a_convolution_and_a_head_are_products_of_their_sizes() -> None
 
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_attention_counts_whole_whether_pytorch_computes_it_at_once_or_not(is_fast: bool) -> None:
-    arguments = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 256}
     factory = "torchvision.models:VisionTransformer"
-    model = nss.build_model(factory, list("abcd"), (3, 32, 32), seed=0, arguments=arguments).eval()
+    model = nss.build_model(factory, list("abcd"), (3, 32, 32), seed=0, arguments=VIT).eval()
     tokens, width = 4 * 4 + 1, 64
     project = tokens * width * 4 * width  # queries, keys, values, and what comes out
     attend = 2 * tokens * tokens * width  # scores, and values by them, of all heads

@@ -35,7 +35,7 @@ def test_a_stage_on_a_device_that_is_not_there_says_so_and_leaves_its_output(sma
 
 
 def test_on_the_cpu_the_model_of_a_stage_is_what_it_wrote(small: Small) -> None:
-    models = [base_model(small.workspace), model_in(small.workspace.out("base"), small.workspace, "cpu")]
+    models = [base_model(small.workspace), model_in(small.workspace.out("base") / "model", small.workspace, "cpu")]
     assert {str(device_of(model)) for model in models} == {"cpu"}
     (digest,) = {model_digest(model) for model in models}
     assert digest == small.read("slice", "source.json")["model"]

@@ -94,8 +94,7 @@ def test_while_it_is_kept_dvc_yaml_and_dvc_lock_are_read_once(toy: Workspace, mo
         pipeline.stages()
         for name in ("first", "second"):
             pipeline.look(name)
-            with pipeline.kept():
-                pipeline.stage_key(name)
+            pipeline.stage_key(name)
     assert sorted(read) == ["dvc.lock", "dvc.yaml"]
 
 

@@ -142,14 +142,14 @@ def served(tracker: Tracker, champion: str, tmp_path: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", champion, "--env-manager", "local"]
     # MLflow starts uvicorn by its name.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    log = (tmp_path / "served.log").open("w")
-    process = subprocess.Popen(
-        [*command, "--port", str(port)],
-        env={**os.environ, "MLFLOW_TRACKING_URI": tracker.uri, "PATH": path},
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    with (tmp_path / "served.log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)],
+            env={**os.environ, "MLFLOW_TRACKING_URI": tracker.uri, "PATH": path},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     address, end = f"http://127.0.0.1:{port}", time.monotonic() + 300
     try:
         while not answers(address):
