@@ -71,8 +71,8 @@ SMALL = Grid(
     },
     ours=tuple(OUR_REPLAY),
 )
-QUICK_CHAIN = 1000
-"""images of each task of the chain of a quick run"""
+CHAIN_IMAGES, QUICK_CHAIN = 3000, 1000
+"""images of each task of the chain, and of that of a quick run"""
 SUBJECT = ("data", "model", "seed")
 BY = ("data", "model", "method")
 JUDGED = ("told_old", "told_new", "old_accuracy", "new_accuracy", "accuracy")
@@ -109,13 +109,15 @@ PROTOCOL = {
     "choice": "learning rate and strength of the baselines: the best mean of the tasks' accuracies, not told, on the "
     "validation split",
     "judged on": "test images, chosen settings alone, once",
-    "chain": f"{len(CHAIN)} tasks of two classes; {', '.join(CHAINED)} and nss without replay; forgetting: the best "
-    "accuracy on a task before the last one was learned, less that in the end, mean over tasks (arXiv 1801.10112)",
+    "chain": f"{len(CHAIN)} tasks of two classes, {CHAIN_IMAGES} images of each task in each split; "
+    f"{', '.join(CHAINED)} and nss without replay; forgetting: the best accuracy on a task before the last one was "
+    "learned, less that in the end, mean over tasks (arXiv 1801.10112)",
     "step time": f"median milliseconds a step, of {TURNS} runs of {STEP_BATCHES} steps in turn",
     "memory": "megabytes of all tensors of the model and of such a run when they take most, counted by torch",
 }
 LEFT_OUT = (
-    f"{SMALL.images} images of each task in place of {WHOLE.images}, {QUICK_CHAIN} in the chain; epochs: "
+    f"{SMALL.images} images of each task in place of {WHOLE.images}, of the chain {QUICK_CHAIN} in place of "
+    f"{CHAIN_IMAGES}; epochs: "
     f"{SMALL.epochs}; one setting of each baseline, no choice"
 )
 COLUMNS = (
@@ -131,7 +133,7 @@ def run(settings: Settings) -> Report:
     """Measure every combination; finished parts are taken from the cache."""
     report = Report(settings, said(settings, PROTOCOL, LEFT_OUT))
     grid = SMALL if settings.quick else WHOLE
-    chained = replace(grid, images=QUICK_CHAIN) if settings.quick else grid
+    chained = replace(grid, images=QUICK_CHAIN if settings.quick else CHAIN_IMAGES)
 
     def measure(*subject: Any) -> list[Row]:
         return _one(subject, grid, chained, times=settings.times)
