@@ -102,9 +102,14 @@ def stage(
     ],
 ) -> None:
     """Run one stage. This is what dvc.yaml calls; people use `nss run` or `dvc repro VERB`."""
-    from tasks.stage import main as run_stage
+    from tasks.warm import hand_over_stage
 
-    raise typer.Exit(run_stage(verb))
+    code = hand_over_stage(verb)
+    if code is None:
+        from tasks.stage import main as run_stage
+
+        code = run_stage(verb)
+    raise typer.Exit(code)
 
 
 @data.command("add", epilog="Examples:  nss data add photos/ --resize 32x32   |   nss data add new.npz --new-classes")

@@ -22,13 +22,15 @@ from tasks.committed import require_committed
 from tasks.layout import refresh_code
 from tasks.lock import exclusive
 from tasks.params import Params, load_params
-from tasks.pipeline import Outcome, Pipeline
+from tasks.pipeline import OWNER, Outcome, Pipeline
 from tasks.prefect_stage import STATE_OF, run_stage
+from tasks.processes import process_id
 from tasks.provenance import provenance_tags
-from tasks.recovery import process_mark, recover
+from tasks.recovery import process_mark, recover, unmarked
 from tasks.register import Registered
 from tasks.registry import STORE_ERRORS
 from tasks.tracking import Tracker, open_tracker, shown_uri, tracking_uri
+from tasks.warm import Warm, hand_over
 from tasks.workspace import Workspace, with_packages
 
 _Result = TypeVar("_Result")
@@ -109,7 +111,8 @@ def maintain(root: str, retries: int = 0) -> CycleReport:
     params = load_params(workspace.params)
     workspace = with_packages(workspace, params.base.packages)
     pipeline = Pipeline(workspace)
-    with exclusive(workspace, wait_s=_PATIENCE_S), pipeline.kept():
+    warm = Warm(workspace.root, {OWNER: process_id()})
+    with exclusive(workspace, wait_s=_PATIENCE_S), pipeline.kept(), unmarked(), warm:
         _note(recover(workspace))
         changed = refresh_code(workspace)
         if changed and (workspace.root / "dvc.lock").exists():
@@ -118,12 +121,12 @@ def maintain(root: str, retries: int = 0) -> CycleReport:
         require_champion(pipeline)
         with _cycle(workspace) as cycle:
             cycle.resume(workspace)
-            stages = tuple(_stage(pipeline, params, name, cycle, retries) for name in pipeline.stages())
+            stages = tuple(_stage(pipeline, params, name, cycle, warm, retries) for name in pipeline.stages())
             cycle.finish(stages)
             gate = register.record(workspace, cycle.run_id)
             done = cycle.register(workspace, params)
-            if any(each.outcome != "cached" for each in stages):
-                cycle.try_to(lambda tracker: _log_report(tracker, cycle.run_id, workspace, done))
+            if cycle.tracker and any(each.outcome != "cached" for each in stages):
+                _log_report(cycle.run_id, workspace, done)
     return CycleReport(
         stages,
         cycle.run_id,
@@ -137,15 +140,17 @@ def maintain(root: str, retries: int = 0) -> CycleReport:
     )
 
 
-def _log_report(tracker: Tracker, run_id: str, workspace: Workspace, done: Registered | None) -> str:
+def _log_report(run_id: str, workspace: Workspace, done: Registered | None) -> None:
     """Log the page about the cycle, and the card of the version that it led to."""
-    # It draws: a cycle in which nothing ran need not import all that.
-    from tasks import report
+    version = (done.version.run_id, done.verb) if done and done.version and done.verb else ()
+    call = (str(workspace.root), run_id, *version)
+    if begun := hand_over("tasks.report", "log_cycle", *call):
+        begun.wait()
+    else:
+        # It draws: a cycle in which nothing ran need not import all that.
+        from tasks.report import log_cycle
 
-    report.log_report(tracker, run_id, workspace)
-    if done and done.version and done.verb:
-        report.log_card(tracker, done.version.run_id, workspace, done.verb)
-    return run_id
+        log_cycle(*call)
 
 
 def require_data(pipeline: Pipeline) -> None:
@@ -173,9 +178,11 @@ def require_champion(pipeline: Pipeline) -> None:
         pipeline.restore("champion.dvc")
 
 
-def _stage(pipeline: Pipeline, params: Params, name: str, cycle: _Cycle, retries: int) -> StageReport:
+def _stage(pipeline: Pipeline, params: Params, name: str, cycle: _Cycle, warm: Warm, retries: int) -> StageReport:
     start = time.monotonic()
     key, is_clean = pipeline.look(name)
+    if not is_clean:
+        warm.begin()
     task = run_stage.with_options(refresh_cache=not is_clean, retries=retries)
     state = task(str(pipeline.workspace.root), name, key.digest, cycle.run_id, return_state=True)
     state.result()

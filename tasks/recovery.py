@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.objects import FlowRun, StateType
-from prefect.context import FlowRunContext
+from prefect.context import FlowRunContext, TagsContext
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Crashed
 
@@ -31,6 +31,7 @@ from tasks.processes import is_dead, process_id, stop
 from tasks.provenance import DATA_MD5, PROCESS, data_md5
 from tasks.registry import STORE_ERRORS
 from tasks.tracking import Tracker, open_tracker
+from tasks.warm import is_warm
 from tasks.workspace import Workspace
 
 DATA = f"{DATA_MD5}="
@@ -75,6 +76,20 @@ def process_mark() -> str:
     return f"{_PREFIX}{process_id()}"
 
 
+def unmarked() -> TagsContext:
+    """Return the block in which tasks do not take over our tags from their flow.
+
+    Prefect asks its server for a place for each task that has tags, which takes two seconds when the server's database
+    is busy for a moment.
+
+    >>> with prefect.tags("nss.process=me", "mine"), unmarked():
+    ...     sorted(TagsContext.get().current_tags)
+    ['mine']
+    """
+    kept = {tag for tag in TagsContext.get().current_tags if not tag.startswith((_PREFIX, DATA))}
+    return TagsContext(current_tags=kept)
+
+
 def _end_orphans(workspace: Workspace) -> list[str]:
     orphans = [process for process in psutil.process_iter() if _is_orphan(process, workspace.root.resolve())]
     stop(orphans)
@@ -82,10 +97,9 @@ def _end_orphans(workspace: Workspace) -> list[str]:
 
 
 def _is_orphan(process: psutil.Process, root: Path) -> bool:
-    """Say whether this is `nss stage ...` in the workspace, begun by a process that has died."""
+    """Say whether this is `nss stage ...` in the workspace, or works for it, begun by a process that has died."""
     try:
-        command = process.cmdline()
-        if command[-2:-1] != ["stage"] or "nss" not in [Path(word).name for word in command]:
+        if not _is_stage(process.cmdline()):
             return False
         env = process.environ()
         if Path(process.cwd()) != root or process.pid == os.getpid():
@@ -96,6 +110,10 @@ def _is_orphan(process: psutil.Process, root: Path) -> bool:
         return "DVC_STAGE" in env and _is_adopted(process)
     except (psutil.Error, OSError):
         return False
+
+
+def _is_stage(command: Sequence[str]) -> bool:
+    return is_warm(command) or (command[-2:-1] == ["stage"] and "nss" in [Path(word).name for word in command])
 
 
 def _is_adopted(process: psutil.Process) -> bool:

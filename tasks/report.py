@@ -6,12 +6,14 @@ from data/ and git, and from the tracking store what only that knows (tasks/repo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from nss.errors import first_line
 from nss.files import replacing
 from tasks.card import model_card
 from tasks.provenance import provenance_tags
@@ -19,7 +21,7 @@ from tasks.reading import read_csv
 from tasks.report_facts import Facts, read_facts
 from tasks.report_pictures import cycle_pictures, examples
 from tasks.report_runs import Runs, find_runs, runs_of
-from tasks.tracking import Tracker
+from tasks.tracking import Tracker, open_tracker
 from tasks.workspace import Workspace
 
 PAGE = "report/index.html"
@@ -54,6 +56,23 @@ def log_report(tracker: Tracker, run_id: str, workspace: Workspace) -> None:
     for each in facts.judged:
         card = model_card(workspace, each.verb, provenance_tags(workspace))
         tracker.client.log_text(run_id, card, f"report/card-{each.verb}.md")
+
+
+def log_cycle(root: str, run_id: str, version_run_id: str = "", verb: str = "") -> int:
+    """Log what `log_report` and `log_card` do as all that a process has to do: return its exit code.
+
+    version_run_id, verb: of the version that the cycle led to, if to any. What prevents it is a warning.
+    """
+    workspace = Workspace(Path(root))
+    try:
+        tracker = open_tracker(workspace)
+        log_report(tracker, run_id, workspace)
+        if verb:
+            log_card(tracker, version_run_id, workspace, verb)
+    except Exception as error:
+        sys.stderr.write(f"warning: no report in MLflow ({first_line(error)}); `nss report` writes it\n")
+        return 1
+    return 0
 
 
 def log_card(tracker: Tracker, run_id: str, workspace: Workspace, verb: str) -> None:

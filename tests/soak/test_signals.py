@@ -14,12 +14,16 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from tasks.warm import is_warm
+
 pytestmark = pytest.mark.soak
 
 
 def stages_of(copy) -> list[psutil.Process]:
+    """`nss stage` and those who work in its place."""
     found = [each for each in psutil.process_iter(["cwd", "cmdline"]) if each.info["cwd"] == str(copy.root)]
-    return [each for each in found if (each.info["cmdline"] or [])[-2:-1] == ["stage"]]
+    commands = [(each, each.info["cmdline"] or []) for each in found]
+    return [each for each, command in commands if command[-2:-1] == ["stage"] or is_warm(command)]
 
 
 def prefect_states(server: str, process: str) -> list[str]:

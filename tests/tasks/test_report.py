@@ -27,7 +27,7 @@ from nss.errors import StageError
 from nss.files import read_json, text_digest, write_json
 from nss.tensor_files import read_tensors, write_tensors
 from tasks.champion import unpin_champion
-from tasks.report import log_report, page, write_report
+from tasks.report import log_cycle, log_report, page, write_report
 from tasks.report_facts import read_facts
 from tasks.report_runs import Runs, find_runs, runs_of
 from tasks.workspace import Workspace
@@ -345,6 +345,23 @@ def test_page_and_cards_are_logged_to_the_run_of_the_cycle(workspace: Workspace,
     assert {each["href"] for each in found.all("a")} == set(
         runs_of(tracker, tracker.client.get_run("c1")).links.values()
     )
+
+
+def test_the_card_of_a_version_is_logged_to_the_run_that_it_leads_to(workspace, tracker, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("tasks.report.open_tracker", lambda _: tracker)
+    assert log_cycle(str(workspace.root), "c1", "v1", "restructure") == 0
+    assert capsys.readouterr().err == ""
+    texts = tracker.client.texts
+    assert texts["v1/card.md"] == texts["c1/report/card-restructure.md"]
+    assert texts["v1/card.md"] != texts["c1/report/card-base.md"]
+
+
+def test_what_keeps_a_report_from_mlflow_is_one_line(workspace, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert log_cycle(str(workspace.root), "c1") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: no report in MLflow (")
+    assert line.endswith("); `nss report` writes it")
 
 
 def test_the_cycle_is_found_by_what_the_gate_depends_on(workspace: Workspace, tracker, monkeypatch) -> None:
