@@ -78,12 +78,13 @@ def run(
     from flows.maintain import run_cycle
     from flows.progress import Bar
     from tasks.params import STAGES
+    from tasks.pipeline import last_line
     from tasks.workspace import find_workspace
 
     workspace = find_workspace()
     server.wait()
     following = dict(pairwise((*STAGES, "")))
-    with Bar(len(STAGES), STAGES[0], is_quiet=as_json) as bar:
+    with Bar(len(STAGES), STAGES[0], is_quiet=as_json, note=last_line) as bar:
         report = run_cycle(
             workspace,
             retries=retries,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from nss.data import Data, val_part
 from nss.errors import ModelError
 from nss.predict import accuracy
 from nss.steps import Schedule, sgd, step, training_images
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,9 @@ def train(
         torch.manual_seed(seed)  # dropout
         for epoch in range(1, epochs + 1):
             loss, right = _epoch(model, images, labels, optimizer, schedule, generator, batch_size)
-            history.append(Epoch(epoch, loss, right, float("nan") if held_out is None else accuracy(model, held_out)))
+            found = Epoch(epoch, loss, right, float("nan") if held_out is None else accuracy(model, held_out))
+            history.append(found)
+            _LOG.info("epoch %d of %d: loss %.4f, validation accuracy %.4f", epoch, epochs, loss, found.val_accuracy)
     model.eval()
     return history
 

@@ -8,7 +8,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from nss.coupling import lookup
 from nss.model import network_of, shape_of
 from nss.operations import is_depthwise
 from nss.sites import Sites, find_sites
@@ -41,17 +40,24 @@ class CostModel:
 
     def macs(self, stay: Tensor) -> int:
         """Return the multiply-adds for one image. stay: bool [channels of the anatomy]."""
+        stay = _with_unnamed(stay)
         return self.other_macs + sum(_pairs(part, stay) * part.places for part in self.parts)
 
     def parameters(self, stay: Tensor) -> int:
         """Return the number of weights. stay: bool [channels of the anatomy]."""
+        stay = _with_unnamed(stay)
         weights = sum(_pairs(part, stay) * part.kernel + part.bias * _count(part.out_ids, stay) for part in self.parts)
         return self.other_parameters + weights + sum(each * _count(ids, stay) for ids, each in self.norms)
 
 
+def _with_unnamed(stay: Tensor) -> Tensor:
+    """Channels without a name, those below 0, always stay: theirs is the last place."""
+    return torch.cat([stay, stay.new_ones(1)])
+
+
 def _count(ids: Tensor, stay: Tensor) -> int:
-    """Number of channels that stay; those without a name always do."""
-    return int(lookup(stay, ids, True).sum())
+    """Number of channels that stay, of those at the last place too."""
+    return int(stay[ids.clamp_min(-1)].sum())
 
 
 def _pairs(part: _Part, stay: Tensor) -> int:

@@ -17,6 +17,7 @@ class Classes:
 
     def __init__(self) -> None:
         self._parent: list[int] = []
+        self._roots: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self._parent)
@@ -25,6 +26,7 @@ class Classes:
         """Add `count` members, each a class of its own. Returns the first one's number."""
         first = len(self._parent)
         self._parent.extend(range(first, first + count))
+        self._roots = None
         return first
 
     def find(self, member: int) -> int:
@@ -36,13 +38,16 @@ class Classes:
 
     def tie(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Put both members of each pair into one class."""
+        self._roots = None
         for left, right in pairs:
             low, high = sorted((self.find(left), self.find(right)))
             self._parent[high] = low
 
     def roots(self) -> torch.Tensor:
-        """Return the representative of every member, int64 [n]."""
-        return torch.tensor([self.find(member) for member in range(len(self))], dtype=torch.int64)
+        """Return the representative of every member, int64 [n], not to be changed: it is kept until a class changes."""
+        if self._roots is None:
+            self._roots = torch.tensor([self.find(member) for member in range(len(self))], dtype=torch.int64)
+        return self._roots
 
     def copy(self) -> Classes:
         """Return an independent copy."""

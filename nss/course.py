@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,8 @@ from nss.predict import predict
 from nss.samples import Samples
 from nss.steps import descend, passes_of
 from nss.told import within_task
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -124,11 +128,17 @@ class Course:
             epoch += 1
             if self._judge(epoch, self._epoch(generator)):
                 progress = epoch
+            _LOG.info("epoch %d of %d: loss %.4f, accuracy on new %s, on old %s", *self._said())
         self._settle()
         judged = "held-out new samples" if len(self.held_out) else "new samples (too few to hold any out)"
         if epoch - progress == self.settings.patience:
             return f"no progress on {judged} for {self.settings.patience} epochs"
         return f"all epochs done, judged on {judged}"
+
+    def _said(self) -> tuple[Any, ...]:
+        last = self.curve[-1]
+        shares = ("not measured" if each is None else f"{each:.4f}" for each in (last.new_accuracy, last.old_accuracy))
+        return last.epoch, self.settings.epochs, last.loss, *shares
 
     def _settle(self) -> None:
         best, count = max(each.merit for each in self._kept), len(self.held_out)

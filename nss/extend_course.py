@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from dataclasses import dataclass
 from typing import cast
@@ -20,6 +21,7 @@ from nss.steps import descend, passes_of, sgd
 from nss.wiring import Columns, last_column
 
 # So many old images join each step, for each new one.
+_LOG = logging.getLogger(__name__)
 OLD_PER_NEW = 0.5
 
 
@@ -69,6 +71,7 @@ def train_column(
                 loss = _loss(model, batch.images.to(device), batch.labels.to(device), known, len(memory) > 0)
                 total += descend(loss, optimizer, schedule, ExtendError)
             curve.append(ExtendEpoch(epoch, total / each_epoch, _told(model, held_out)))
+            _LOG.info("new classes, epoch %d of %d: loss %.4f", epoch, settings.epochs, curve[-1].loss)
     return curve, steps
 
 

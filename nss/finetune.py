@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import cast
 
@@ -13,6 +14,10 @@ from nss.errors import ModelError
 from nss.model import Classifier, device_of, evaluating
 from nss.steps import sgd, step, training_images
 from nss.told import check_classes, route_by, tasks_apart
+
+_LOG = logging.getLogger(__name__)
+_EACH = 100
+"""steps between two lines about them"""
 
 
 def fine_tune(
@@ -48,10 +53,13 @@ def fine_tune(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # dropout
-            for rows in batches(len(images), steps, batch_size, torch.Generator().manual_seed(seed)):
+            orders = batches(len(images), steps, batch_size, torch.Generator().manual_seed(seed))
+            for number, rows in enumerate(orders, start=1):
                 batch, target = images[rows].to(device), labels[rows].to(device)
                 soft = None if teacher is None else _answers(teacher, batch)
-                step(model, batch, target, optimizer, schedule, soft, tasks)
+                loss, _ = step(model, batch, target, optimizer, schedule, soft, tasks)
+                if number % _EACH == 0:
+                    _LOG.info("fine-tuning, step %d of %d: loss %.4f", number, steps, loss)
     finally:
         model.eval()
     if tasks is not None:

@@ -6,6 +6,7 @@ different samples add up: profile(A + B) == merge(profile(A), profile(B)).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,10 @@ from nss.prefetch import read_ahead
 from nss.samples import rank_in_class
 from nss.sites import find_sites
 from nss.tensor_files import read_tensors, write_tensors
+
+_LOG = logging.getLogger(__name__)
+_EACH = 5000
+"""images between two lines about them"""
 
 METRICS = ("avg", "var", "ens", "taylor", "deeplift")
 # Which sums each metric is computed from.
@@ -262,7 +267,7 @@ def profile(
     mixed = torch.autocast(device_of(model).type, torch.bfloat16, enabled=bf16)
     # Closed, since whoever keeps an error would keep the thread that reads ahead.
     with closing(ahead), evaluating(model), mixed:
-        for images, labels in _limited(ahead, samples_per_class, names):
+        for images, labels in _counted(_limited(ahead, samples_per_class, names)):
             inputs = _network_input(model, images)
             gatherer.see(inputs, labels, compared.to(inputs)[None], batch_size)
     if not int(gatherer.counts.sum()):
@@ -285,6 +290,15 @@ def _added(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str
     """Add up what was gathered of the same layer; a layer of which one has nothing keeps the other's."""
     both = {layer: [of[layer] for of in (mine, theirs) if layer in of] for layer in (*mine, *theirs)}
     return {layer: torch.stack(each).sum(0) for layer, each in both.items()}
+
+
+def _counted(batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    seen = 0
+    for images, labels in batches:
+        yield images, labels
+        before, seen = seen, seen + len(labels)
+        if seen // _EACH > before // _EACH:
+            _LOG.info("%d images profiled", seen)
 
 
 def _limited(

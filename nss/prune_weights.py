@@ -8,6 +8,7 @@ counts of the layers add up to what was asked.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from nss.predict import accuracy
 from nss.size import count_parameters
 from nss.weight_masks import apply_masks, count_masked, count_prunable, refuse_unowned, weight_masks
 
+_LOG = logging.getLogger(__name__)
 LAST_SHARE = 0.2
 """of the last layer's weights that Uniform+ keeps at least"""
 # Products and differences of shares miss numbers that they should meet by rounding alone.
@@ -299,6 +301,7 @@ def prune_weights_iteratively(
         reached, remaining = accuracy(candidate, judge), total - count_masked(candidate)
         within = base - reached <= tolerance + SLACK
         curve.append(PruningStep(iteration, remaining, 1 - remaining / total, reached, within))
+        _LOG.info("pruning, iteration %d: %d weights left, accuracy %.4f", iteration, remaining, reached)
         if not within:
             break
         best, best_accuracy = candidate, reached

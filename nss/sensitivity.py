@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -17,6 +18,7 @@ from nss.sites import Sites
 from nss.statistics import retake_statistics
 from nss.units import Units
 
+_LOG = logging.getLogger(__name__)
 SHARES = (0.8, 0.6, 0.35, 0.15)
 """shares of a group's units that are kept where the error is measured"""
 
@@ -40,7 +42,7 @@ def measure_errors(
     nothing = torch.zeros(len(images), dtype=torch.int64)
     truth = F.log_softmax(predict(model, (images, nothing))[0].double(), 1)
     errors = []
-    for order in orders:
+    for number, order in enumerate(orders, start=1):
         count = len(order.units)
         points = {}
         for kept in sorted({max(1, round(share * count)) for share in SHARES} - {count}) if count > 1 else []:
@@ -49,6 +51,7 @@ def measure_errors(
             smaller = merged(model, sites, read, units.channels(flags))
             retake_statistics(smaller, images)
             points[kept] = _divergence(truth, predict(smaller, (images, nothing))[0], parts)
+        _LOG.info("what the answers lose without neurons: layer %d of %d", number, len(orders))
         errors.append(power_law(order.missing, points) if points else _last_resort(count))
     return errors
 

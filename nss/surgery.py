@@ -50,13 +50,14 @@ def cut(network: nn.Module, sites: Sites, kept: torch.Tensor) -> dict[str, torch
     """
     gone = sites.removable(kept)
     masked = ~kept & ~gone
+    quiet, zeros = sites.quiet(masked), sites.zeros(masked)
     masks = release_masks(network)
     done: set[str] = set()
     for producer in sites.anatomy.producers:
         layer = cast(Layer, network.get_submodule(producer.module))
         if producer.module not in done:
-            _silence(layer, lookup(sites.quiet(masked), producer.out_ids, False))
-            _unread(layer, lookup(sites.zeros(masked), producer.in_ids, False))
+            _silence(layer, lookup(quiet, producer.out_ids, False))
+            _unread(layer, lookup(zeros, producer.in_ids, False))
             stay_out, stay_in = (~lookup(gone, ids, False) for ids in (producer.out_ids, producer.in_ids))
             if producer.module in masks:
                 masks[producer.module] = _cut_weight(masks[producer.module], layer, stay_out, stay_in)

@@ -39,6 +39,7 @@ LOG = "NSS_STAGE_LOG"
 OWNER = "NSS_STAGE_OWNER"
 """Environment variable of a stage that says which process began it, see `tasks.processes.process_id`."""
 
+_LINE_BYTES = 1000
 # What nss versions without a stage, and what there is instead of bringing it from a remote.
 _POINTERS = {
     "data.dvc": ("a data set", ", or `nss data demo` for the digits"),
@@ -58,6 +59,22 @@ class StageKey:
     data: str
     code: str
     params: str
+
+
+_working: list[Path] = []
+"""the logs of the stages whose commands this process runs now"""
+
+
+def last_line() -> str:
+    """Return what the stage that works now has printed last; an empty text when nothing works, or it is silent yet."""
+    try:
+        with _working[-1].open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LINE_BYTES))
+            lines = file.read().decode(errors="replace").split("\n")
+    except (IndexError, OSError):
+        return ""
+    # What follows the last end of a line is still being written.
+    return lines[-2].strip() if len(lines) > 1 else ""
 
 
 class Pipeline:
@@ -212,6 +229,7 @@ class Pipeline:
         with tempfile.TemporaryDirectory(prefix="nss-") as folder:
             receipt, log = Path(folder, "receipt"), Path(folder, "log")
             run_env = {"PATH": _path(), RECEIPT: str(receipt), LOG: str(log), OWNER: process_id(), **(env or {})}
+            _working.append(log)
             try:
                 with self._repo() as repo:
                     drop_damaged_lists(repo, name)
@@ -223,6 +241,8 @@ class Pipeline:
             except BaseException:
                 stop(_children() - children)
                 raise
+            finally:
+                _working.remove(log)
             return "cached" if not done else "executed" if receipt.exists() else "restored"
 
     @contextmanager

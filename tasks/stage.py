@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -35,6 +36,7 @@ def main(verb: str) -> int:
     143 SIGTERM.
     """
     _announce(verb)
+    _tell_progress()
     signal.signal(signal.SIGTERM, _terminate)
     record: Record | None = None
     try:
@@ -119,6 +121,13 @@ def _announce(verb: str) -> None:
             os.dup2(file.fileno(), 2)
     if receipt := os.environ.get(RECEIPT):
         Path(receipt).write_text(json.dumps({"stage": verb, "pid": os.getpid()}), encoding="utf-8")
+
+
+def _tell_progress() -> None:
+    """Print what the library says of long work, a line an epoch or so."""
+    logger = logging.getLogger("nss")
+    logger.handlers = [logging.StreamHandler(sys.stderr)]
+    logger.setLevel(logging.INFO)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:

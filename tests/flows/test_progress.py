@@ -15,8 +15,8 @@ RUN = """
 import sys
 from types import ModuleType, SimpleNamespace
 
-names = ("flows.launch", "flows.maintain", "flows.show", "tasks.params", "tasks.workspace")
-launch, maintain, show, params, workspace = modules = [ModuleType(name) for name in names]
+names = ("flows.launch", "flows.maintain", "flows.show", "tasks.params", "tasks.pipeline", "tasks.workspace")
+launch, maintain, show, params, pipeline, workspace = modules = [ModuleType(name) for name in names]
 sys.modules |= zip(names, modules)
 
 
@@ -37,6 +37,7 @@ def run_cycle(workspace, *, retries, tell):
 
 launch.Server, maintain.run_cycle = Server, run_cycle
 params.STAGES, workspace.find_workspace = ("base", "profile", "slice"), lambda: None
+pipeline.last_line = lambda: "epoch [3] of 20 " + "." * 200
 show.stage_line = lambda stage: f"{stage.stage} [red]:cat: Executed"
 show.summary = lambda report, workspace, is_temporary: "the summary"
 import flows
@@ -95,7 +96,7 @@ def test_on_a_terminal_a_bar_names_the_stage_at_work_and_goes_away() -> None:
     assert code == 0, errors
     rows = shown.replace("\r", "\n").splitlines()
     for title, count in (("base", "0/3"), ("profile", "1/3"), ("slice", "2/3")):
-        assert any(title in row and count in row for row in rows), shown
+        assert any(title in row and count in row and "epoch [3] of 20 ..." in row for row in rows), shown
     for line in LINES:
         assert line in shown
     assert shown.rstrip().endswith("the summary")

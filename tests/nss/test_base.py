@@ -38,6 +38,15 @@ def test_the_same_seed_gives_bit_identical_weights_and_another_seed_does_not(net
     assert trained(data, 2, name) != first
 
 
+def test_each_epoch_is_a_line_of_the_log(networks: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "nss"):
+        history = train(fresh(), networks.coloured_data(), epochs=2, seed=1, batch_size=8)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"epoch {each.epoch} of 2: loss {each.loss:.4f}, validation accuracy {each.val_accuracy:.4f}"
+        for each in history
+    ]
+
+
 def test_dropout_follows_the_seed_too(networks: ModuleType) -> None:
     def run(seed: int) -> str:
         torch.manual_seed(0)

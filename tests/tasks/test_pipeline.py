@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from dvc import dvcfile
 
 from nss.errors import BusyError, StageError
-from tasks.pipeline import Pipeline
+from tasks.pipeline import Pipeline, last_line
 from tasks.workspace import Workspace
 
 # What the fixture's first stage does.
@@ -134,6 +135,26 @@ def test_the_key_changes_with_what_the_stage_depends_on(toy: Workspace, name: st
     assert changed == ({part} if part else set())
 
 
+def test_what_a_stage_printed_last_can_be_seen_while_it_works(toy: Workspace, command) -> None:
+    wait = 'printf "one\\ntwo\\nhalf" >> "$NSS_STAGE_LOG"; while [ ! -e go ]; do sleep 0.05; done'
+    command(toy.root, f'touch "$NSS_STAGE_RECEIPT"; {wait}; cat in.txt > first.txt')
+    seen = []
+
+    def look() -> None:
+        deadline = time.monotonic() + 60
+        while last_line() != "two" and time.monotonic() < deadline:
+            time.sleep(0.02)
+        seen.append(last_line())
+        (toy.root / "go").touch()
+
+    assert last_line() == ""
+    other = threading.Thread(target=look)
+    other.start()
+    assert Pipeline(toy).reproduce("first") == "executed"
+    other.join()
+    assert (seen, last_line()) == (["two"], "")
+
+
 def test_the_key_changes_with_the_command(toy: Workspace, command) -> None:
     before = Pipeline(toy).stage_key("first")
     command(toy.root, "cat in.txt > first.txt")
@@ -221,7 +242,7 @@ def test_a_stage_ends_with_the_process_that_is_told_to_stop(toy: Workspace, comm
     script = """
         import signal
         from pathlib import Path
-        from tasks.pipeline import Pipeline
+        from tasks.pipeline import Pipeline, last_line
         from tasks.workspace import Workspace
 
         class Stop(BaseException): ...
@@ -297,7 +318,7 @@ LIMITED = """
     import resource
     from pathlib import Path
     from nss.errors import StageError
-    from tasks.pipeline import Pipeline
+    from tasks.pipeline import Pipeline, last_line
     from tasks.workspace import Workspace
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
