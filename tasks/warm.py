@@ -64,7 +64,7 @@ class Warm:
 
     def begin(self) -> None:
         """Start it, unless it is there already. Whoever asks it for something before it is ready waits."""
-        if self._process is not None or sys.platform != "linux":
+        if self._process is not None or not _is_possible():
             return
         # Only its owner may enter a folder made like this, and so ask for anything.
         self._folder = tempfile.mkdtemp(prefix="nss-")
@@ -81,9 +81,21 @@ class Warm:
                 cwd=self._root,
                 env={**os.environ, **self._env},
                 stdin=subprocess.PIPE,
+                # What goes wrong in it goes wrong again, and is said, in the process that the stage then has of its own.
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
                 pass_fds=[listener.fileno()],
             )
         os.environ[ADDRESS] = address
+
+
+def _is_possible() -> bool:
+    """Say whether one process can wait for another and for a word of a third at once: on Linux since 5.3."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+        return True
+    except (AttributeError, OSError):
+        return False
 
 
 @dataclass(frozen=True)

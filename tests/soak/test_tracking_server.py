@@ -82,6 +82,10 @@ def thaw(server: TrackingServer) -> None:
     server.signal(signal.SIGCONT)
 
 
+# With MLflow's own patience the test would take minutes.
+PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+
+
 # A server that does not answer is asked again by each stage: the fewer are left, the sooner the test ends.
 @pytest.mark.parametrize(
     ("away", "back", "after"),
@@ -91,7 +95,7 @@ def thaw(server: TrackingServer) -> None:
 def test_a_server_that_goes_away_in_the_middle_costs_no_result_and_no_run(
     copy, undisturbed, tracking: TrackingServer, wait_for, away, back, after: str
 ) -> None:
-    process = copy.start("nss", "run", "--json", MLFLOW_TRACKING_URI=tracking.uri)
+    process = copy.start("nss", "run", "--json", MLFLOW_TRACKING_URI=tracking.uri, **PATIENCE)
     wait_for((copy.root / "artifacts" / after / "metrics.json").exists, after)
     away(tracking)
     err = process.communicate(timeout=600)[1]

@@ -223,6 +223,18 @@ def test_where_a_socket_would_have_too_long_a_path_there_is_none(tmp_path: Path,
     assert list(deep.iterdir()) == []
 
 
+def test_where_the_system_cannot_wait_for_both_there_is_none(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv(ADDRESS, raising=False)
+
+    def refused(pid: int) -> int:
+        raise PermissionError(pid)
+
+    monkeypatch.setattr(os, "pidfd_open", refused)
+    with Warm(tmp_path, {}) as warm:
+        warm.begin()
+        assert hand_over("helper", "fail") is None
+
+
 def test_nothing_that_is_imported_first_starts_a_thread_which_a_fork_would_lose() -> None:
     count = "import threading, tasks.warm as w; w._import(w._FIRST); print(threading.active_count())"
     done = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True)
