@@ -81,7 +81,7 @@ class Warm:
                 cwd=self._root,
                 env={**os.environ, **self._env},
                 stdin=subprocess.PIPE,
-                # What goes wrong in it goes wrong again, and is said, in the process that the stage then has of its own.
+                # What goes wrong in it goes wrong again, and is said, where the stage then has a process of its own.
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=[listener.fileno()],
