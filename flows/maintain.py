@@ -125,8 +125,8 @@ def maintain(root: str, retries: int = 0) -> CycleReport:
             cycle.finish(stages)
             gate = register.record(workspace, cycle.run_id)
             done = cycle.register(workspace, params)
-            if cycle.tracker and any(each.outcome != "cached" for each in stages):
-                _log_report(cycle.run_id, workspace, done)
+            if any(each.outcome != "cached" for each in stages):
+                cycle.try_to(lambda _: _log_report(cycle.run_id, workspace, done))
     return CycleReport(
         stages,
         cycle.run_id,
@@ -140,17 +140,19 @@ def maintain(root: str, retries: int = 0) -> CycleReport:
     )
 
 
-def _log_report(run_id: str, workspace: Workspace, done: Registered | None) -> None:
+def _log_report(run_id: str, workspace: Workspace, done: Registered | None) -> str:
     """Log the page about the cycle, and the card of the version that it led to."""
     version = (done.version.run_id, done.verb) if done and done.version and done.verb else ()
     call = (str(workspace.root), run_id, *version)
     if begun := hand_over("tasks.report", "log_cycle", *call):
-        begun.wait()
+        if (code := begun.wait()) > 1:
+            _warn([f"no report in MLflow (its process ended with {code}); `nss report` writes it"])
     else:
         # It draws: a cycle in which nothing ran need not import all that.
         from tasks.report import log_cycle
 
         log_cycle(*call)
+    return run_id
 
 
 def require_data(pipeline: Pipeline) -> None:

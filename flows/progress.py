@@ -21,7 +21,8 @@ class _Note(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """Return what is said now."""
-        return Text(self.note(), style="dim")
+        # Colours, and whatever else a stage tells a terminal, would be cut off in the middle.
+        return Text(Text.from_ansi(self.note()).plain, style="dim")
 
 
 class Bar:
@@ -36,7 +37,7 @@ class Bar:
 
     def __init__(self, steps: int, first: str = "", *, is_quiet: bool = False, note: Callable[[], str] = str) -> None:
         self.console = Console(quiet=is_quiet, highlight=False, soft_wrap=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TimeElapsedColumn())
         self.progress = Progress(
             *columns,
             _Note(note),

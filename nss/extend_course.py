@@ -20,8 +20,8 @@ from nss.samples import Samples
 from nss.steps import descend, passes_of, sgd
 from nss.wiring import Columns, last_column
 
-# So many old images join each step, for each new one.
 _LOG = logging.getLogger(__name__)
+# So many old images join each step, for each new one.
 OLD_PER_NEW = 0.5
 
 

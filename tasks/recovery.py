@@ -93,7 +93,8 @@ def unmarked() -> TagsContext:
 def _end_orphans(workspace: Workspace) -> list[str]:
     orphans = [process for process in psutil.process_iter() if _is_orphan(process, workspace.root.resolve())]
     stop(orphans)
-    return [f"stage that worked on without its parent, process {process.pid}: ended" for process in orphans]
+    processes = f"process{'es' if len(orphans) > 1 else ''} {', '.join(str(process.pid) for process in orphans)}"
+    return [f"stage that worked on without its parent, {processes}: ended"] if orphans else []
 
 
 def _is_orphan(process: psutil.Process, root: Path) -> bool:

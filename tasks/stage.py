@@ -35,11 +35,11 @@ def main(verb: str) -> int:
     0 done; 1 crashed (traceback on stderr); 2 a user's mistake, or a full disk (message on stderr); 130 Ctrl-C;
     143 SIGTERM.
     """
-    _announce(verb)
-    _tell_progress()
     signal.signal(signal.SIGTERM, _terminate)
     record: Record | None = None
     try:
+        _announce(verb)
+        _tell_progress()
         if verb not in STAGES:
             raise StageError(f"there is no stage '{verb}'", allowed=", ".join(STAGES))
         workspace = find_workspace()
@@ -128,6 +128,7 @@ def _tell_progress() -> None:
     logger = logging.getLogger("nss")
     logger.handlers = [logging.StreamHandler(sys.stderr)]
     logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:

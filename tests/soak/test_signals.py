@@ -43,6 +43,7 @@ def test_a_cycle_that_is_stopped_while_it_trains_ends_killed_everywhere(
     try:
         wait_for(lambda: bool(stages_of(copy)) and copy.root.joinpath("mlflow", "tracking.db").exists(), "the stage")
         wait_for(lambda: "RUNNING" in {run.info.status for run in copy.runs("stage")}, "its run")
+        assert sum(is_warm(each.cmdline()) for each in stages_of(copy)) == 2, "one that forks, and one at work"
         for number in signals:
             # A terminal interrupts all that it has started.
             os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)

@@ -242,7 +242,7 @@ def test_a_stage_ends_with_the_process_that_is_told_to_stop(toy: Workspace, comm
     script = """
         import signal
         from pathlib import Path
-        from tasks.pipeline import Pipeline, last_line
+        from tasks.pipeline import Pipeline
         from tasks.workspace import Workspace
 
         class Stop(BaseException): ...
@@ -318,7 +318,7 @@ LIMITED = """
     import resource
     from pathlib import Path
     from nss.errors import StageError
-    from tasks.pipeline import Pipeline, last_line
+    from tasks.pipeline import Pipeline
     from tasks.workspace import Workspace
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))

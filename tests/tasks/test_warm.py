@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,9 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tasks.params import STAGES
 from tasks.pipeline import OWNER
 from tasks.processes import process_id
-from tasks.warm import ADDRESS, Warm, hand_over
+from tasks.warm import ADDRESS, Warm, end, hand_over
+from tasks.warm_process import VERBS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="without it on other systems than Linux")
 
@@ -58,7 +59,7 @@ def fail():
 '''
 # What `nss stage` does, for any function.
 CLIENT = """
-import signal, sys
+import sys
 from tasks.warm import hand_over
 begun = hand_over(*sys.argv[1:])
 sys.exit(77 if begun is None else begun.wait())
@@ -70,19 +71,24 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the module `helper`, beside which there is such a process."""
     folder = tmp_path_factory.mktemp("warm")
     (folder / "helper.py").write_text(HELPER)
-    with pytest.MonkeyPatch.context() as patch, Warm(folder, {OWNER: process_id(), **path_to(folder)}) as warm:
+    with pytest.MonkeyPatch.context() as patch:
         patch.delenv(ADDRESS, raising=False)
-        warm.begin()
-        yield folder
+        with Warm(folder, {OWNER: process_id(), "NSS_GONE": "1", **variables(folder)}) as warm:
+            warm.begin()
+            yield folder
 
 
-def path_to(folder: Path) -> dict[str, str]:
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
+def variables(folder: Path, **more: str) -> dict[str, str]:
+    """Of who asks and of who is asked: with the module `helper` to be found, and without what each test has its own."""
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": path, "PYTEST_CURRENT_TEST": "", **more}
 
 
-def client(folder: Path, *call: str, **more) -> subprocess.Popen[str]:
+def client(folder: Path, *call: str, cwd: Path | None = None, **more: str) -> subprocess.Popen[str]:
+    """Who asks, with the module `helper` in that folder."""
+    command, env = [sys.executable, "-c", CLIENT, *call], {**os.environ, **variables(folder, **more)}
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen([sys.executable, "-c", CLIENT, *call], cwd=folder, text=True, **{**pipes, **more})
+    return subprocess.Popen(command, cwd=cwd or folder, env=env, text=True, **pipes)
 
 
 def begun_in(folder: Path) -> psutil.Process:
@@ -104,7 +110,7 @@ def is_working(path: Path) -> bool:
 
 
 def test_what_is_handed_over_is_done_as_by_the_process_itself(here: Path, tmp_path: Path) -> None:
-    asked = client(tmp_path, "helper", "tell", str(tmp_path / "told"), "5", env={**os.environ, "NSS_X": "a\udcffé"})
+    asked = client(here, "helper", "tell", str(tmp_path / "told"), "5", cwd=tmp_path, NSS_X="a\udcffé")
     assert asked.communicate("in\n") == ("out\n", "err")
     told = json.loads((tmp_path / "told").read_text())
     assert asked.returncode == 5
@@ -112,7 +118,14 @@ def test_what_is_handed_over_is_done_as_by_the_process_itself(here: Path, tmp_pa
     assert told["line"] == "in\n"
     assert told["argv"] == ["-c", "helper", "tell", str(tmp_path / "told"), "5"]
     assert told["cwd"] == str(tmp_path)
-    assert told["env"] == {**os.environ, "NSS_X": "a\udcffé"}
+    assert told["env"].items() >= {**os.environ, **variables(here, NSS_X="a\udcffé")}.items()
+    assert "NSS_GONE" not in told["env"]
+
+
+@pytest.mark.parametrize("before", [["nice", "-n", "1"], ["taskset", "-c", "0"], ["env", "OMP_NUM_THREADS=7"]])
+def test_what_is_to_run_under_other_limits_or_variables_is_not_done_for_others(here: Path, before: list[str]) -> None:
+    command = [*before, sys.executable, "-c", CLIENT, "helper", "fail"]
+    assert subprocess.run(command, env={**os.environ, **variables(here)}, check=False).returncode == 77
 
 
 def test_libraries_are_there_already_and_none_of_our_own_code(here: Path, tmp_path: Path) -> None:
@@ -164,7 +177,7 @@ def test_only_its_owner_can_ask_it(here: Path) -> None:
 def test_when_it_dies_work_is_asked_to_end_and_is_done_elsewhere_from_then_on(tmp_path: Path) -> None:
     (tmp_path / "helper.py").write_text(HELPER)
     file = tmp_path / "work"
-    with Warm(tmp_path, path_to(tmp_path)) as warm:
+    with Warm(tmp_path, variables(tmp_path)) as warm:
         warm.begin()
         process = begun_in(tmp_path)
         asked = client(tmp_path, "helper", "work", str(file))
@@ -176,18 +189,55 @@ def test_when_it_dies_work_is_asked_to_end_and_is_done_elsewhere_from_then_on(tm
         assert hand_over("helper", "fail") is None
 
 
+def test_when_it_dies_work_ends_that_nobody_else_can_tell_to(tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text(HELPER)
+    file = tmp_path / "work"
+    with Warm(tmp_path, variables(tmp_path)) as warm:
+        warm.begin()
+        process = begun_in(tmp_path)
+        asked = client(tmp_path, "helper", "work", str(file))
+        wait_until(lambda: is_working(file))
+        asked.send_signal(signal.SIGSTOP)
+        process.kill()
+        wait_until(lambda: file.read_text() == "working ended by 15")
+        asked.kill()
+        asked.communicate()
+
+
+def test_what_works_on_when_the_block_ends_is_ended(tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text(HELPER)
+    file = tmp_path / "work"
+    with Warm(tmp_path, variables(tmp_path)) as warm:
+        warm.begin()
+        asked = client(tmp_path, "helper", "work", str(file))
+        wait_until(lambda: is_working(file))
+    assert file.read_text() == "working ended by 15"
+    asked.communicate()
+
+
+def test_what_does_not_end_when_asked_is_ended_by_force(monkeypatch) -> None:
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    monkeypatch.setattr("tasks.warm.PATIENCE_S", 0.1)
+    with subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        ended = os.pidfd_open(process.pid)
+        end(process.pid, ended)
+        os.close(ended)
+        assert process.wait(10) == -signal.SIGKILL
+
+
 def test_it_ends_with_the_process_that_it_works_for(tmp_path: Path) -> None:
     (tmp_path / "helper.py").write_text(HELPER)
     begin = (
         "import os, pathlib, sys, time\nfrom tasks.warm import Warm\n"
-        "warm = Warm(pathlib.Path.cwd(), {'PYTHONPATH': os.environ['PYTHONPATH']})\nwarm.begin()\n"
+        "warm = Warm(pathlib.Path.cwd(), {})\nwarm.begin()\n"
         f"print(os.environ['{ADDRESS}'], flush=True)\ntime.sleep(600)\n"
     )
-    env = {**os.environ, **path_to(tmp_path)}
+    env = {**os.environ, **variables(tmp_path)}
     owner = subprocess.Popen([sys.executable, "-c", begin], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
     address = owner.stdout.readline().strip()
     file = tmp_path / "work"
-    asked = client(tmp_path, "helper", "work", str(file), env={**env, ADDRESS: address})
+    asked = client(tmp_path, "helper", "work", str(file), **{ADDRESS: address})
     wait_until(lambda: is_working(file))
     (process,) = psutil.Process(owner.pid).children()
     owner.kill()
@@ -196,7 +246,7 @@ def test_it_ends_with_the_process_that_it_works_for(tmp_path: Path) -> None:
     wait_until(lambda: file.read_text() == "working ended by 15")
     asked.communicate()
     wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
-    shutil.rmtree(Path(address).parent)
+    wait_until(lambda: not Path(address).parent.exists())
 
 
 def test_nothing_is_left_of_it_at_the_end_of_the_block(tmp_path: Path, monkeypatch) -> None:
@@ -235,7 +285,15 @@ def test_where_the_system_cannot_wait_for_both_there_is_none(tmp_path: Path, mon
         assert hand_over("helper", "fail") is None
 
 
-def test_nothing_that_is_imported_first_starts_a_thread_which_a_fork_would_lose() -> None:
-    count = "import threading, tasks.warm as w; w._import(w._FIRST); print(threading.active_count())"
+def test_nothing_that_is_imported_starts_a_thread_or_a_gpu_which_a_fork_would_lose() -> None:
+    count = (
+        "import importlib, threading, torch\nfrom tasks import warm_process as w\n"
+        "for name in (*w.FIRST, *w.LATER):\n    importlib.import_module(name)\n"
+        "print(threading.active_count(), torch.cuda.is_initialized())"
+    )
     done = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True)
-    assert done.stdout == "1\n"
+    assert done.stdout == "1 False\n"
+
+
+def test_what_is_imported_later_is_every_stage() -> None:
+    assert VERBS == STAGES
