@@ -162,18 +162,13 @@ def test_a_stage_whose_parent_was_killed_is_ended_and_one_whose_parent_lives_is_
 
 
 def test_who_works_for_stages_is_ended_when_who_began_it_has_died(toy: Workspace, gone: str, no_store: None) -> None:
-    command = [sys.executable, "-c", "import time; time.sleep(600)", "tasks.warm_process"]
-    owners = (gone, gone, process_id())
-    working = [subprocess.Popen(command, cwd=toy.root, env={**os.environ, OWNER: owner}) for owner in owners]
-    try:
-        assert recover(Workspace(toy.root.parent)) == [], "they work in another workspace"
-        one, other = sorted(each.pid for each in working[:2])
-        assert recover(toy) == [f"stage that worked on without its parent, processes {one}, {other}: ended"]
-        assert [psutil.pid_exists(each.pid) for each in working] == [False, False, True]
-    finally:
-        for each in working:
-            each.kill()
-            each.wait()
+    command = [sys.executable, "-c", "import time; time.sleep(60)", "tasks.warm_process"]
+    envs = [{**os.environ, OWNER: owner} for owner in (gone, gone, process_id())]
+    *dead, lives = (subprocess.Popen(command, cwd=toy.root, env=env) for env in envs)
+    first, second = sorted(each.pid for each in dead)
+    assert recover(toy) == [f"stage that worked on without its parent, processes {first}, {second}: ended"]
+    assert [psutil.pid_exists(pid) for pid in (first, second, lives.pid)] == [False, False, True]
+    lives.kill()
 
 
 def test_a_stage_that_somebody_began_by_hand_is_left_alone(sleeper: Workspace, no_store: None) -> None:

@@ -356,14 +356,6 @@ def test_the_card_of_a_version_is_logged_to_the_run_that_it_leads_to(workspace, 
     assert texts["v1/card.md"] != texts["c1/report/card-base.md"]
 
 
-def test_what_keeps_a_report_from_mlflow_is_one_line(workspace, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    assert log_cycle(str(workspace.root), "c1") == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: no report in MLflow (")
-    assert line.endswith("); `nss report` writes it")
-
-
 def test_the_cycle_is_found_by_what_the_gate_depends_on(workspace: Workspace, tracker, monkeypatch) -> None:
     stored = {("gate", "key of the gate"): "g1", ("cycle", "g1"): "c1"}
 

@@ -15,6 +15,7 @@ import pytest
 import nss
 from nss.errors import StageError
 from nss.model import model_digest
+from tasks.report import log_cycle
 from tasks.tracking import Tracker, create_database, require_answer, shown_uri, tracking_uri
 from tasks.workspace import Workspace
 
@@ -28,7 +29,8 @@ def test_four_processes_at_once_on_no_database_all_succeed(tmp_path: Path) -> No
         import sys
         import time
         from pathlib import Path
-        from tasks.tracking import Tracker
+        from tasks.report import log_cycle
+from tasks.tracking import Tracker
 
         root = Path(sys.argv[1])
         (root / f"ready-{sys.argv[2]}").touch()
@@ -246,3 +248,11 @@ def test_a_class_may_have_a_name_that_no_metric_can_have(tracker: Tracker) -> No
     tracker.log(run, metrics={"class/t-shirt (top)": 0.5, "class/größe": 1.0}, history=[{"R&D": 2.0}])
     found = tracker.client.get_run(run.info.run_id).data.metrics
     assert found == {"class/t-shirt _top_": 0.5, "class/größe": 1.0, "R_D": 2.0}
+
+
+def test_what_keeps_a_report_from_mlflow_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert log_cycle(str(tmp_path), "c1") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: no report in MLflow (")
+    assert line.endswith("); `nss report` writes it")
