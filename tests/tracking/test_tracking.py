@@ -29,8 +29,7 @@ def test_four_processes_at_once_on_no_database_all_succeed(tmp_path: Path) -> No
         import sys
         import time
         from pathlib import Path
-        from tasks.report import log_cycle
-from tasks.tracking import Tracker
+        from tasks.tracking import Tracker
 
         root = Path(sys.argv[1])
         (root / f"ready-{sys.argv[2]}").touch()
