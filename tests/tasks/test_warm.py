@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -174,29 +175,30 @@ def test_only_its_owner_can_ask_it(here: Path) -> None:
     assert Path(os.environ[ADDRESS]).parent.stat().st_mode & 0o777 == 0o700
 
 
-def test_when_it_dies_work_is_asked_to_end_and_is_done_elsewhere_from_then_on(tmp_path: Path) -> None:
-    (tmp_path / "helper.py").write_text(HELPER)
-    file = tmp_path / "work"
-    with Warm(tmp_path, variables(tmp_path)) as warm:
+@contextmanager
+def at_work(folder: Path) -> Iterator[tuple[psutil.Process, subprocess.Popen[str], Path]]:
+    """Such a process, who has asked it for work that does not end, and the file that tells of that."""
+    (folder / "helper.py").write_text(HELPER)
+    file = folder / "work"
+    with Warm(folder, variables(folder)) as warm:
         warm.begin()
-        process = begun_in(tmp_path)
-        asked = client(tmp_path, "helper", "work", str(file))
+        process = begun_in(folder)
+        asked = client(folder, "helper", "work", str(file))
         wait_until(lambda: is_working(file))
+        yield process, asked, file
+
+
+def test_when_it_dies_work_is_asked_to_end_and_is_done_elsewhere_from_then_on(tmp_path: Path) -> None:
+    with at_work(tmp_path) as (process, asked, file):
         process.kill()
         assert asked.wait(60) == 143
-        wait_until(lambda: file.read_text() == "working ended by 15")
+        assert file.read_text() == "working ended by 15"
         asked.communicate()
         assert hand_over("helper", "fail") is None
 
 
 def test_when_it_dies_work_ends_that_nobody_else_can_tell_to(tmp_path: Path) -> None:
-    (tmp_path / "helper.py").write_text(HELPER)
-    file = tmp_path / "work"
-    with Warm(tmp_path, variables(tmp_path)) as warm:
-        warm.begin()
-        process = begun_in(tmp_path)
-        asked = client(tmp_path, "helper", "work", str(file))
-        wait_until(lambda: is_working(file))
+    with at_work(tmp_path) as (process, asked, file):
         asked.send_signal(signal.SIGSTOP)
         process.kill()
         wait_until(lambda: file.read_text() == "working ended by 15")
@@ -205,12 +207,8 @@ def test_when_it_dies_work_ends_that_nobody_else_can_tell_to(tmp_path: Path) -> 
 
 
 def test_what_works_on_when_the_block_ends_is_ended(tmp_path: Path) -> None:
-    (tmp_path / "helper.py").write_text(HELPER)
-    file = tmp_path / "work"
-    with Warm(tmp_path, variables(tmp_path)) as warm:
-        warm.begin()
-        asked = client(tmp_path, "helper", "work", str(file))
-        wait_until(lambda: is_working(file))
+    with at_work(tmp_path) as (_, asked, file):
+        pass
     assert file.read_text() == "working ended by 15"
     asked.communicate()
 
