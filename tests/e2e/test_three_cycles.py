@@ -47,7 +47,10 @@ def test_a_model_shrinks_learns_and_follows_and_nothing_worse_takes_its_place(la
     set_params(laid_out.root / "params.yaml", SETTINGS)
 
     # A first champion; what was cut to the bone beside it is rejected, then and when it is all there is.
-    set_params(laid_out.root / "params.yaml", {"restructure.target": 0.015, "restructure.fine_tune_steps": 0})
+    set_params(
+        laid_out.root / "params.yaml",
+        {"restructure.target": 0.006, "restructure.cap": 0.95, "restructure.fine_tune_steps": 0},
+    )
     add(laid_out, batches["old"])
     first = cycle(laid_out)
     assert first["needed"] == ["restructure"]
