@@ -26,10 +26,8 @@ SETTINGS = {
     "triage.budgets.macs": 2_200_000,
     "register.promote": "auto",
     "readapt.guard": 3.0,
-    # There are few pictures, and which of them a model errs on differs between kinds of processors: the gate forgives
-    # two in a hundred, not one; what tells the old classes stays as it is, and every fifth of the old pictures, which
-    # are at hand, is trained on again.
-    "gate.max_drop": 0.02,
+    # The gate forgives one picture in a hundred, and there are few: what tells the old classes stays as it is, and
+    # every fifth of the old pictures, which are at hand, is trained on again.
     "extend.share": 1.0,
     "extend.replay": 0.2,
     "readapt.replay": 0.2,
