@@ -20,7 +20,8 @@ from tasks.reasons import triage_words, verdict_words
 from tasks.workspace import Workspace
 
 # Of the digits: first the old classes of the first pictures, then the new ones of them, then what comes in bad light.
-OLD, FIRST = 8, 1200
+# 0 and 6 look least like other digits: with so few held-out pictures, two that are mistaken are too many for the gate.
+NEW, FIRST = (0, 6), 1200
 STRENGTH = 2
 SETTINGS = {
     "triage.budgets.macs": 2_200_000,
@@ -44,8 +45,8 @@ class Chapter:
 
 
 CHAPTERS = (
-    Chapter("a model of the digits 0 to 7 is trained, and is too large for its budget", "old", "restructure"),
-    Chapter("pictures of 8 and 9 arrive: classes that it does not know", "new", "extend"),
+    Chapter("a model of all digits but 0 and 6 is trained, and is too large for its budget", "old", "restructure"),
+    Chapter("pictures of 0 and 6 arrive: classes that it does not know", "new", "extend"),
     Chapter("the light fades: pictures of all ten digits arrive darker", "dark", "readapt"),
 )
 
@@ -75,7 +76,7 @@ def write_batches(folder: Path) -> dict[str, Path]:
     """Write the pictures of the three chapters as .npz files, {chapter's batch: file}."""
     pixels, labels = load_digits(return_X_y=True)
     images = np.rint(pixels * 255 / 16).astype(np.uint8).reshape(-1, 8, 8)
-    old, early = labels < OLD, np.arange(len(labels)) < FIRST
+    old, early = ~np.isin(labels, NEW), np.arange(len(labels)) < FIRST
     dark = shifted(torch.from_numpy(images[~early])[:, None], "brightness", STRENGTH, seed=0)[:, 0].numpy()
     parts = {
         "old": (images[early & old], labels[early & old]),

@@ -162,13 +162,15 @@ class Router(nn.Module):
     def open_gate(self, held_out: Tensor, labels: Tensor) -> float:
         """Set the last column's gate from the statistics. Returns the shrinkage.
 
-        held_out: features [n, features] and labels int64 [n] of images that are in no statistics. With old and new ones
-        among them the shrinkage is the one of SHRINKAGES that answers them best, both kinds alike heavy; else the one
-        that suits the number of images.
+        held_out: features [n, features] and labels int64 [n] of images that were not trained on. The shrinkage is the
+        one that suits the number of images, unless there are old and new ones among the held out and one of SHRINKAGES
+        answers them better, both kinds alike heavy.
         """
         known = len(self.counts) - self.classes[-1]
         both = bool((labels < known).any()) and bool((labels >= known).any())
-        candidates = {each: self.scores(each) for each in (SHRINKAGES if both else (self.shrinkage(),))}
+        # The first of those that answer equally well is chosen: what a few images cannot tell is left to their number.
+        shrinkages: tuple[float, ...] = (self.shrinkage(), *SHRINKAGES) if both else (self.shrinkage(),)
+        candidates = {each: self.scores(each) for each in shrinkages}
         chosen = max(candidates, key=lambda each: _judge(held_out, labels, candidates[each], known) if both else 0.0)
         _set(cast(nn.Linear, self.gates[-1]), candidates[chosen])
         return chosen

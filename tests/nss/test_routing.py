@@ -136,10 +136,44 @@ def test_the_gate_opens_to_the_side_an_image_is_of() -> None:
     router = router_of((2, 2), 6)
     router.learn([(features, labels)])
     held_out, truth = blobs(200, 4, 6, seed=1)
-    assert router.open_gate(held_out, truth) in routing.SHRINKAGES
+    router.open_gate(held_out, truth)
     with torch.no_grad():
         odds = evidence(router.gates[-1](held_out), torch.zeros(200, 2), torch.zeros(200, 2))[:, 0]
     assert float(((odds > 0) == (truth >= 2)).double().mean()) > 0.9
+
+
+def few_of_many_features() -> tuple[Router, Tensor]:
+    """A router that has seen 30 images of 40 features, and 200 others."""
+    router = router_of((2, 2), 40)
+    router.learn([blobs(30, 4, 40)])
+    return router, blobs(200, 4, 40, seed=1)[0]
+
+
+@pytest.mark.parametrize("best", routing.SHRINKAGES)
+def test_the_shrinkage_is_the_one_that_answers_the_held_out_images_best(best: float) -> None:
+    router, held_out = few_of_many_features()
+    answers = {
+        each: (held_out.double() @ weight.T + bias).argmax(1)
+        for each in (router.shrinkage(), *routing.SHRINKAGES)
+        for weight, bias in [router.scores(each)]
+    }
+    # Images that this one alone answers so.
+    differ = [answers[best] != other for each, other in answers.items() if each != best]
+    assert all(bool(each.any()) for each in differ)
+    assert router.open_gate(held_out, answers[best]) == best
+
+
+def test_what_held_out_images_cannot_tell_is_left_to_the_number_of_images() -> None:
+    router, held_out = few_of_many_features()
+    weight, bias = router.scores(router.shrinkage())
+    answers = (held_out.double() @ weight.T + bias).argmax(1)
+    agreed = torch.stack(
+        [(held_out.double() @ w.T + b).argmax(1) == answers for w, b in map(router.scores, routing.SHRINKAGES)]
+    ).all(0)
+    assert {0, 1} & set(answers[agreed].tolist())
+    assert {2, 3} & set(answers[agreed].tolist())
+    assert router.open_gate(held_out[agreed], answers[agreed]) == router.shrinkage()
+    assert router.shrinkage() not in routing.SHRINKAGES
 
 
 @pytest.mark.parametrize(("count", "features"), [(40, 6), (400, 6), (30, 40)])
