@@ -17,6 +17,7 @@ from tasks.garbage import collect_rarely
 
 OK, CRASH, MISTAKE, BUSY = 0, 1, 2, 75
 
+_CODES = {"BusyError": BUSY, "CrashError": CRASH}
 _EXIT_CODES = (
     "Exit codes: 0 done; 1 crashed, or `doctor` found something wrong; 2 a mistake in the command, in params.yaml or "
     "in the data; 75 somebody else works on the repository, try again later; 130 interrupted; 143 stopped by SIGTERM."
@@ -48,6 +49,23 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        _print(f"nss {version('nss')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    _: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Keep a trained image classifier maintained by semantic slices of its neurons."""
+
+
 data = typer.Typer(
     help="Add to the versioned data set, or look at it.",
     epilog="Examples:  nss data demo   |   nss data add photos/   |   nss data status",
@@ -120,15 +138,20 @@ def data_add(
     ],
     new_classes: Annotated[bool, typer.Option("--new-classes", help="Allow classes the data set lacks.")] = False,
     resize: Annotated[str, typer.Option(help="HEIGHTxWIDTH to scale images of another size to.")] = "",
+    classes: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="A file with a class name a line: their order, the first time."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Add a source as one batch and commit data.dvc. Bad input is refused as a whole, with all that is wrong."""
+    """Add a source as one batch and update data.dvc. Bad input is refused as a whole, with all that is wrong."""
     from flows import show
     from tasks.data import add
     from tasks.workspace import find_workspace
 
     workspace = find_workspace()
-    added = add(workspace, source, new_classes=new_classes, resize=cli_service.size_of(resize))
+    order = classes and cli_service.lines_of(classes)
+    added = add(workspace, source, new_classes=new_classes, resize=cli_service.size_of(resize), classes=order)
     if not added.already_present:
         cli_service.announce(workspace)
     _print_json(added.to_dict()) if as_json else _print(show.added(added))
@@ -226,7 +249,7 @@ def main() -> int:
         if errors is None or not isinstance(error, errors.NssError):
             raise
         sys.stderr.write(f"error: {error}\n")
-        return BUSY if isinstance(error, errors.BusyError) else MISTAKE
+        return next((code for kind, code in _CODES.items() if isinstance(error, getattr(errors, kind))), MISTAKE)
 
 
 def _without_room(problem: Exception) -> Exception | None:

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -79,11 +80,12 @@ def serve(
 ) -> None:
     """Serve the cycle on a Prefect server: by the clock, by events, and for what arrives in the inbox."""
     _quieten()
-    from flows.deployment import require_server
+    from flows.deployment import require_name, require_server
     from tasks.workspace import find_workspace
 
     workspace = find_workspace()
     require_server("nss serve")
+    require_name(name or workspace.root.name)
     from flows.serve import Serving
     from flows.serve import serve as serve_until_stopped
 
@@ -99,9 +101,12 @@ def status(
 ) -> None:
     """Show champion, data, last cycle, verdict, what waits in the inbox and what runs."""
     from flows import status as module
+    from flows.deployment import require_name
     from tasks.workspace import find_workspace
 
     workspace = find_workspace()
+    if name:
+        require_name(name)
     content = module.status(workspace, _inbox(workspace, inbox), name or workspace.root.name)
     sys.stdout.write(f"{json.dumps(content, indent=1) if as_json else module.text(content)}\n")
 
@@ -136,6 +141,15 @@ def size_of(text: str) -> tuple[int, int] | None:
     return int(height), int(width)
 
 
+def lines_of(path: Path) -> list[str]:
+    """Read what --classes takes: the lines that are not empty. Raises typer.BadParameter for a file that is no text."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise typer.BadParameter(f"{path} cannot be read as text ({problem})", param_hint="--classes") from None
+    return [unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip()]
+
+
 def _quieten() -> None:
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "ERROR")
     os.environ.setdefault("PREFECT_RUNNER_POLL_FREQUENCY", "2")
@@ -165,10 +179,11 @@ def _cut_off_by_sigterm() -> Iterator[None]:
 
 
 def _trigger(workspace: Workspace, name: str, retries: int) -> Trigger:
-    from flows.deployment import Deployment, has_server
+    from flows.deployment import Deployment, has_server, require_name
     from flows.watch import Here, There
 
     if has_server():
+        require_name(name or workspace.root.name)
         return There(workspace, Deployment(name or workspace.root.name, workspace.root), _tell)
     return Here(workspace, retries, _tell)
 
@@ -192,7 +207,18 @@ def _watching(
 
 
 def _inbox(workspace: Workspace, inbox: Path | None) -> Path:
-    return inbox.expanduser().resolve() if inbox else workspace.root / "inbox"
+    from nss.errors import DataError, first_line
+
+    if inbox is None:
+        return workspace.root / "inbox"
+    try:
+        return inbox.expanduser().resolve()
+    except RuntimeError as problem:
+        raise DataError(
+            f"the inbox cannot be found ({first_line(problem).rstrip('.')})",
+            where=str(inbox),
+            fix="name a folder with --inbox",
+        ) from None
 
 
 def _tell(line: str) -> None:

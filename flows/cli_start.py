@@ -82,12 +82,18 @@ def adopt(
             now.workspace, now.params, now.tracker, source, normalisation, forced=force, reason=reason.strip()
         )
     if as_json:
+        mean, std = done.normalisation
         content = {**models.moved(done.registered), "source": done.source, "scores": done.scores.to_dict()}
+        content |= {"mean": list(mean), "std": list(std), "sizes": done.sizes}
         sys.stdout.write(f"{json.dumps(content, indent=1, ensure_ascii=False)}\n")
         return
     worst = f"worst class {done.scores.worst_class} {done.scores.worst_accuracy:.2%}"
     scores = f"accuracy {done.scores.accuracy:.2%} on {done.scores.images} held-out images, {worst}"
-    sys.stdout.write(f"{done.source}: {scores}\n{models.moved_text(done.registered)}\n")
+    sizes = "{parameters:,} parameters, {macs:,} multiply-adds an image, {bytes:,} bytes".format(**done.sizes)
+    mean, std = (", ".join(f"{value:.3g}" for value in each) for each in done.normalisation)
+    whose = "as asked for" if normalisation else "the training images', or the model's own"
+    lines = (f"{done.source}: {scores}", sizes, f"normalised by mean {mean} and std {std}: {whose}")
+    sys.stdout.write("\n".join([*lines, models.moved_text(done.registered), ""]))
 
 
 def _numbers(text: str, option: str) -> list[float]:

@@ -25,8 +25,9 @@ from prefect.events.schemas.events import Event
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Crashed
+from prefect.types import BANNED_CHARACTERS
 
-from nss.errors import NssError, first_line
+from nss.errors import BusyError, NssError, first_line
 from tasks.recovery import DATA, crash_dead
 
 FLOW = "maintain"
@@ -39,6 +40,8 @@ TRIES = 3
 _GOING = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 # What Prefect's runner says of the runs that it takes along when it is stopped.
 _SHUT_DOWN = "Runner is shutting down"
+# Prefect's client asks by an address that ends in the name, as it is.
+_NOT_IN_A_NAME = (*BANNED_CHARACTERS, "?", "#")
 _RUNS_READ = 100
 # A run that is to start so soon is as good as going.
 _SOON = timedelta(seconds=30)
@@ -84,6 +87,20 @@ def require_server(who: str) -> None:
         )
 
 
+def require_name(name: str) -> None:
+    """Raise NssError for a name that no deployment can have.
+
+    >>> require_name("digits")
+    """
+    if not name.isprintable() or not name or any(each in name for each in _NOT_IN_A_NAME):
+        raise NssError(
+            f"no deployment can be called {name!r}",
+            where="--name",
+            allowed=f"characters that can be printed, but for {' '.join(_NOT_IN_A_NAME)}",
+            fix="name another one with --name NAME; by default it is called as the workspace's folder",
+        )
+
+
 def require_answer() -> None:
     """Raise NssError when the Prefect server that is named does not answer."""
     with _client() as client:
@@ -97,7 +114,7 @@ def is_going(run: FlowRun) -> bool:
 
 
 def cover(version: Version, runs: Sequence[FlowRun]) -> Cover:
-    """Say whether a run covers the version. Runs that crashed, or were shut down with the service, do not.
+    """Say whether a run covers the version. Runs that were cut off, or found the workspace busy, do not.
 
     >>> cover(version_of(workspace, data_md5(workspace)), Deployment("digits", workspace.root).runs())  # doctest: +SKIP
     <Cover.DONE: 'done'>
@@ -116,15 +133,19 @@ def _saw(run: FlowRun, version: Version) -> bool:
 
 
 def _has_worked(run: FlowRun) -> bool:
-    """Say whether it began and was not cut off."""
-    is_cut = run.state_type is StateType.CRASHED or _SHUT_DOWN in ((run.state and run.state.message) or "")
-    return run.start_time is not None and not is_cut
+    """Say whether it began, was not cut off, and did not find somebody else at work."""
+    message = (run.state and run.state.message) or ""
+    is_cut = run.state_type is StateType.CRASHED or _SHUT_DOWN in message
+    # Below its first line a message may quote what a stage printed.
+    is_busy = run.state_type is StateType.FAILED and BusyError.__name__ in message.partition("\n")[0]
+    return run.start_time is not None and not is_cut and not is_busy
 
 
 class Deployment:
     """The deployment `maintain/NAME` of the workspace at `root`; one of that name with another root is never used.
 
-    Everything but `emit` raises NssError for such a one, and all without an answer from the server.
+    Everything but `emit` raises NssError for such a one, and all for a name that no deployment can have, and without an
+    answer from the server.
 
     >>> Deployment("digits", Path("/srv/digits")).runs()  # doctest: +SKIP
     [FlowRun(...)]
@@ -135,12 +156,12 @@ class Deployment:
 
     def find(self) -> DeploymentResponse | None:
         """Return what the server knows of it, None when it does not know it."""
-        with _client() as client:
+        with self._asking() as client:
             return self._own(client)
 
     def runs(self) -> list[FlowRun]:
         """Return its newest runs, without those that are to start later. Raises NssError when it does not exist."""
-        with _client() as client:
+        with self._asking() as client:
             return _runs(client, self._required(client))
 
     def make_run(self, version: Version) -> FlowRun | None:
@@ -149,7 +170,7 @@ class Deployment:
         One that has done its work is not made again, whatever the clocks say.
         """
         crashes = 0
-        with _client() as client:
+        with self._asking() as client:
             deployment = self._required(client)
             for number in count():
                 # Keys count for all deployments of the flow, and two of them may hold the same data; and a version
@@ -165,12 +186,12 @@ class Deployment:
 
     def reap(self) -> list[str]:
         """Mark its runs whose process on this host has died as crashed; return a line for each."""
-        with _client() as client:
+        with self._asking() as client:
             return crash_dead(client, filter(is_going, _runs(client, self._required(client))))
 
     def sweep(self) -> list[str]:
         """Mark all runs that have begun as crashed and return their ids: whoever ran them is dead."""
-        with _client() as client:
+        with self._asking() as client:
             going = [run for run in _runs(client, self._required(client)) if is_going(run)]
             for run in going:
                 state = Crashed(message="the process was gone when the service started")
@@ -181,8 +202,14 @@ class Deployment:
         """Tell the server that data has arrived. run: WANTED or MADE. Raises NssError when it does not take it."""
         about = {"prefect.resource.id": resource(self.name), "nss.run": run}
         event = Event(event=EVENT, resource=about, payload={"data_md5": version.md5}, occurred=datetime.now(UTC))
-        with _client() as client:
+        with self._asking() as client:
             client.request("POST", "/events", json=[event.model_dump(mode="json")])
+
+    @contextmanager
+    def _asking(self) -> Iterator[SyncPrefectClient]:
+        require_name(self.name)
+        with _client() as client:
+            yield client
 
     def _own(self, client: SyncPrefectClient) -> DeploymentResponse | None:
         try:

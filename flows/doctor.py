@@ -73,7 +73,7 @@ def _run(name: str, check: Callable[[], str]) -> Finding:
 
 
 def _python() -> str:
-    return f"{'.'.join(map(str, sys.version_info[:3]))}, {sys.executable}"
+    return f"{'.'.join(map(str, sys.version_info[:3]))}, {sys.executable}, nss {version('nss')}"
 
 
 def _packages() -> str:
@@ -186,9 +186,16 @@ def _champion(workspace: Workspace) -> str:
 
 
 def _tracking(workspace: Workspace) -> str:
-    from tasks.tracking import open_tracker, shown_uri
+    from tasks.tracking import open_tracker, shown_uri, told, tracking_uri
 
-    return shown_uri(open_tracker(workspace).uri)
+    try:
+        return shown_uri(open_tracker(workspace).uri)
+    except NssError:
+        raise
+    except Exception as error:
+        reason = told(error, tracking_uri(workspace))
+        what = f"the tracking store does not answer as it should ({reason})"
+        raise NssError(what, fix="start it, or see MLFLOW_TRACKING_URI") from error
 
 
 def _prefect() -> str:

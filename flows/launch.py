@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from typing import ClassVar
 
 _HOST = "127.0.0.1"
 _PATIENCE_S = 120
@@ -27,6 +28,9 @@ class Server:
     >>> server.wait()  # doctest: +SKIP
     """
 
+    # PREFECT_API_URL names it to all that comes later in this process.
+    _own: ClassVar[Server | None] = None
+
     def __init__(self, process: subprocess.Popen[bytes] | None = None, url: str = "") -> None:
         self.process, self.url = process, url
 
@@ -35,17 +39,25 @@ class Server:
         """Whether nobody can look at it after the run."""
         return self.process is not None
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it is a temporary one that has not ended."""
+        return self.process is not None and self.process.poll() is None
+
     @classmethod
     def prepare(cls) -> Server:
-        """Keep Prefect's log off the terminal and start a temporary server unless the user has one."""
+        """Keep Prefect's log off the terminal and start a temporary server unless the user has one, or it lives."""
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
         os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
         from prefect.context import refresh_global_settings_context
         from prefect.settings import PREFECT_API_URL
 
-        if PREFECT_API_URL.value():
+        named, own = PREFECT_API_URL.value(), cls._own
+        if named and (own is None or named != own.url):
             return cls()
-        server = cls.start()
+        if named and own and own.is_alive:
+            return own
+        cls._own = server = cls.start()
         os.environ["PREFECT_API_URL"] = server.url
         refresh_global_settings_context()
         return server
@@ -67,7 +79,7 @@ class Server:
 
             return require_answer()
         deadline = time.monotonic() + _PATIENCE_S
-        while time.monotonic() < deadline and self.process.poll() is None:
+        while time.monotonic() < deadline and self.is_alive:
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return

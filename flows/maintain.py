@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from prefect import flow, tags
 from prefect.context import FlowRunContext
 
-from nss.errors import StageError, first_line
+from nss.errors import StageError
 from nss.files import read_json
 from tasks import journal, promotion, register
 from tasks.champion import read_champion
@@ -25,11 +25,11 @@ from tasks.params import Params, load_params
 from tasks.pipeline import OWNER, Outcome, Pipeline
 from tasks.prefect_stage import STATE_OF, run_stage
 from tasks.processes import process_id
-from tasks.provenance import provenance_tags
+from tasks.provenance import WORKSPACE, provenance_tags, workspace_id
 from tasks.recovery import process_mark, recover, unmarked
 from tasks.register import Registered
 from tasks.registry import STORE_ERRORS
-from tasks.tracking import Tracker, open_tracker, shown_uri, tracking_uri
+from tasks.tracking import Tracker, open_tracker, shown_uri, told, tracking_uri
 from tasks.warm import Warm, hand_over
 from tasks.workspace import Workspace, with_packages
 
@@ -202,14 +202,14 @@ class _Cycle:
     """The MLflow run of a cycle, as far as the tracking store answers."""
 
     def __init__(self, workspace: Workspace) -> None:
-        self.run_id, self.experiment_id = "", ""
+        self.run_id, self.experiment_id, self.uri = "", "", tracking_uri(workspace)
         self.tracker: Tracker | None = None
         self.is_silent = False
         self.try_to(lambda _: self._begin(workspace))
 
     def _begin(self, workspace: Workspace) -> str:
         self.tracker = open_tracker(workspace)
-        tags = {"nss.kind": "cycle", **provenance_tags(workspace)}
+        tags = {"nss.kind": "cycle", WORKSPACE: workspace_id(workspace), **provenance_tags(workspace)}
         if flow_run := _flow_run_id():
             tags["nss.prefect_flow_run"] = flow_run
         self.experiment_id = self.tracker.experiment_id
@@ -271,8 +271,7 @@ class _Cycle:
 
     def _silence(self, error: Exception) -> None:
         if not self.is_silent:
-            reason = first_line(error)
-            _warn([f"not logged to MLflow ({reason}); the next `nss run` makes up for it"])
+            _warn([f"not logged to MLflow ({told(error, self.uri)}); the next `nss run` makes up for it"])
         self.is_silent, self.tracker = True, None
 
 

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from flows.deployment import EVENT, FLOW, WANTED, Deployment, answering, require_server, resource
 from flows.maintain import maintain
-from flows.watch import Tell, There, Watcher, Watching
+from flows.watch import Tell, There, Watcher, Watching, undisturbed
 from nss.errors import NssError, first_line
 from tasks.lock import exclusive, is_held
 from tasks.recovery import recover
@@ -55,6 +55,7 @@ def serve(workspace: Workspace, serving: Serving, tell: Tell) -> None:
     BusyError when this workspace is served already.
     """
     require_server("nss serve")
+    tell = undisturbed(tell)
     options, served = deployment_options(workspace, serving), Deployment(serving.name, workspace.root)
     with exclusive(workspace, what="serve"):
         for line in recover(workspace):

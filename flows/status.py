@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from flows.deployment import Deployment, has_server, is_going
-from nss.errors import NssError, first_line
+from nss.errors import NssError
 from nss.files import read_json
 from tasks.champion import read_champion
-from tasks.inbox import Inbox
+from tasks.inbox import Inbox, printable
 from tasks.lock import is_held
-from tasks.provenance import data_md5
+from tasks.provenance import data_md5, workspace_id
 from tasks.registry import store_errors
-from tasks.tracking import open_tracker, tracking_uri
+from tasks.tracking import open_tracker, told, tracking_uri
 from tasks.workspace import Workspace
+
+_AT_WORK = {True: "a cycle or an arrival", False: "nobody", "unknown": "unknown: this user may not read the lock"}
 
 
 def status(workspace: Workspace, inbox: Path, name: str) -> dict[str, Any]:
@@ -36,17 +38,18 @@ def status(workspace: Workspace, inbox: Path, name: str) -> dict[str, Any]:
 
 
 def _last_cycle(workspace: Workspace) -> dict[str, Any] | None:
-    """Return the newest cycle in the tracking store, None when there is none, or the error that kept it from answering.
+    """Return this workspace's newest cycle in the tracking store, None when there is none, or why it does not answer.
 
     Whatever the error is: who looks where a workspace stands is to be told the rest all the same.
     """
+    uri = tracking_uri(workspace)
     try:
-        with store_errors(tracking_uri(workspace)):
-            run = open_tracker(workspace).find(kind="cycle")
+        with store_errors(uri):
+            run = open_tracker(workspace).find(kind="cycle", workspace=workspace_id(workspace))
     except NssError as error:
         return {"error": error.what}
     except Exception as error:
-        return {"error": f"the tracking store does not answer as it should ({first_line(error)})"}
+        return {"error": f"the tracking store does not answer as it should ({told(error, uri)})"}
     if run is None:
         return None
     head, tail = "nss.stage.", ".outcome"
@@ -106,8 +109,8 @@ def text(content: dict[str, Any]) -> str:
         f"data        {content['data_md5']}",
         f"last cycle  {_cycle_words(cycle, content['data_md5'])}" if cycle else "last cycle  none",
         f"verdict     {_verdict_words(verdict)}" if verdict else "verdict     none yet",
-        f"inbox       {len(pending)} waiting{': ' if pending else ''}{', '.join(pending)}",
-        f"at work     {'a cycle or an arrival' if content['is_working'] else 'nobody'}",
+        f"inbox       {len(pending)} waiting{': ' if pending else ''}{printable(', '.join(pending))}",
+        f"at work     {_AT_WORK[content['is_working']]}",
     ]
     return "\n".join([*lines, *_server_lines(content["server"])])
 

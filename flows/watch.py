@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,8 +20,8 @@ from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun
 from prefect.exceptions import TerminationSignal
 
 from flows.deployment import MADE, TRIES, Cover, Deployment, Version, cover, is_going
-from nss.errors import BusyError, NssError
-from tasks.inbox import Inbox, Taken, take
+from nss.errors import BusyError, DataError, NssError
+from tasks.inbox import Inbox, Taken, printable, take
 from tasks.lock import exclusive, is_held
 from tasks.pipeline import Pipeline
 from tasks.provenance import data_md5
@@ -31,6 +31,20 @@ Tell = Callable[[str], None]
 # What data_md5 says when there is no data.dvc.
 UNKNOWN = "unknown"
 _NEVER = threading.Event()
+
+
+def undisturbed(tell: Tell) -> Tell:
+    """Make a way to tell that never fails: a log on a full disk, or one that is closed, must not end what it is about.
+
+    >>> undisturbed(print)("a line")
+    a line
+    """
+
+    def tell_if_possible(line: str) -> None:
+        with suppress(OSError, UnicodeError):
+            tell(printable(line))
+
+    return tell_if_possible
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,7 @@ class Here:
     """Cycles in this process, for whoever has no Prefect server."""
 
     def __init__(self, workspace: Workspace, retries: int, tell: Tell) -> None:
-        self.workspace, self.retries, self.tell = workspace, retries, tell
+        self.workspace, self.retries, self.tell = workspace, retries, undisturbed(tell)
         self._tried = ""
 
     def is_free(self) -> bool:
@@ -119,7 +133,7 @@ class There:
     """
 
     def __init__(self, workspace: Workspace, deployment: Deployment, tell: Tell, grace: float = 20) -> None:
-        self.workspace, self.deployment, self.tell = workspace, deployment, tell
+        self.workspace, self.deployment, self.tell = workspace, deployment, undisturbed(tell)
         self.grace = timedelta(seconds=grace)
 
     def is_free(self) -> bool:
@@ -178,7 +192,7 @@ class Watcher:
     """
 
     def __init__(self, workspace: Workspace, watching: Watching, trigger: Trigger, tell: Tell) -> None:
-        self.workspace, self.watching, self.trigger, self.tell = workspace, watching, trigger, tell
+        self.workspace, self.watching, self.trigger, self.tell = workspace, watching, trigger, undisturbed(tell)
         self.inbox = Inbox(watching.inbox, watching.settle)
         self._settled, self._own = UNKNOWN, ""
         self._said, self._waiting = "", ""
@@ -186,14 +200,14 @@ class Watcher:
     def step(self, stop: threading.Event = _NEVER) -> Taken | None:
         """Take what has settled, and see to it that a new version of data/ gets its run. Returns what was taken.
 
-        Once told to stop it begins neither.
+        Once told to stop it begins neither. Raises DataError, with all that done, when an entry cannot leave the inbox.
         """
         taken = self._take(stop)
         md5 = data_md5(self.workspace)
-        if stop.is_set() or md5 in (self._settled, UNKNOWN):
-            return taken
-        if self.trigger.fire(md5, is_own=md5 == self._own):
+        is_open = not stop.is_set() and md5 not in (self._settled, UNKNOWN)
+        if is_open and self.trigger.fire(md5, is_own=md5 == self._own):
             self._settled = md5
+        self._require_moved(taken)
         return taken
 
     def once(self) -> Taken | None:
@@ -230,6 +244,15 @@ class Watcher:
         for line in taken_lines(taken):
             self.tell(line)
         return taken
+
+    def _require_moved(self, taken: Taken | None) -> None:
+        if taken and taken.stuck:
+            raise DataError(
+                "what was taken cannot be moved out of the inbox",
+                taken.stuck,
+                where=str(self.inbox.folder),
+                fix="let nss move entries within it; until then they are found again, and not added twice",
+            )
 
     def _say_waiting(self, entries: Sequence[Path]) -> None:
         names = ", ".join(entry.name for entry in entries)

@@ -9,6 +9,7 @@ from .data import Dataset as Dataset, load_data as load_data
 from .drift import shifted as shifted
 from .errors import (
     BusyError as BusyError,
+    CrashError as CrashError,
     DataError as DataError,
     ExportError as ExportError,
     ExtendError as ExtendError,

@@ -89,7 +89,7 @@ def foolbox_attack(
         foolbox = importlib.import_module("foolbox")
     except ImportError:
         raise ModelError(
-            f"{name} needs foolbox, which is not installed", fix="pip install 'nss[attacks]', or use fgsm or pgd"
+            f"{name} needs foolbox, which is not installed", fix="pip install foolbox, or use fgsm or pgd"
         ) from None
     clean, device = _pixels(images, labels), device_of(model)
     attacks = {

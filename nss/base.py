@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nss.data import Data, val_part
 from nss.errors import ModelError
+from nss.model import device_of, seeded
 from nss.predict import accuracy
 from nss.steps import Schedule, sgd, step, training_images
 
@@ -54,8 +55,7 @@ def train(
     steps = max(1, len(images) // batch_size)
     optimizer, schedule = sgd(model.parameters(), epochs * steps, learning_rate, weight_decay)
     history = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # dropout
+    with seeded(seed, device_of(model)):  # dropout
         for epoch in range(1, epochs + 1):
             loss, right = _epoch(model, images, labels, optimizer, schedule, generator, batch_size)
             found = Epoch(epoch, loss, right, float("nan") if held_out is None else accuracy(model, held_out))

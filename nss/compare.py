@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nss.data import Data, Dataset
 from nss.errors import ModelError
 from nss.model import Classifier
-from nss.predict import predict
+from nss.predict import answers_of, predict
 
 # Probabilities of the bootstrap are sums of rounded numbers: a tie with the level is a tie.
 _ROUNDING = 1e-9
@@ -287,10 +287,8 @@ def _check(
 
 
 def _answers(given: Tensor) -> Tensor:
-    """Answers as they are, or the largest logit of each image; -1, which no label is, where one is not finite."""
-    if given.dim() == 1:
-        return given.cpu().long()
-    return torch.where(given.isfinite().all(1), given.argmax(1), -1).cpu()
+    """Answers as they are, or those of logits."""
+    return (given.long() if given.dim() == 1 else answers_of(given)).cpu()
 
 
 def _count(before: Tensor, after: Tensor, rows: Tensor) -> Pairs:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from nss.errors import ReadaptError
 from nss.guard import Guard
 from nss.model import device_of
-from nss.predict import predict
-from nss.samples import Samples
+from nss.predict import answers_of, predict
+from nss.samples import Samples, joined
 from nss.steps import descend, passes_of
 from nss.told import within_task
 
@@ -164,11 +164,11 @@ class Course:
 
     def _step(self, rows: Tensor, again: Tensor | None) -> float:
         device = device_of(self.model)
-        batch = self.samples.images[rows]
+        batch = new = self.samples.pick(rows)
         if self.memory is not None and again is not None:
-            batch = torch.cat([batch, self.memory.samples.images[again]])
-        logits = self.model(batch.to(device))
-        labels = self.samples.labels[rows].to(device)
+            batch = joined(new, self.memory.samples.pick(again))
+        logits = self.model(batch.images.to(device))
+        labels = new.labels.to(device)
         loss = F.cross_entropy(within_task(logits[: len(rows)], labels, self.tasks), labels)
         if self.memory is not None and again is not None:
             old = within_task(logits[len(rows) :], self.memory.samples.labels[again], self.tasks)
@@ -200,7 +200,7 @@ class Course:
         if not samples:
             return None
         logits, labels = self._answers(samples)
-        return float((logits.argmax(1) == labels).double().mean())
+        return float((answers_of(logits) == labels).double().mean())
 
     def _answers(self, samples: Samples) -> tuple[Tensor, Tensor]:
         logits, labels = predict(self.model, (samples.images, samples.labels))

@@ -87,6 +87,10 @@ class StageError(NssError):
     """A pipeline stage failed or cannot run."""
 
 
+class CrashError(StageError):
+    """A stage ended without saying what was wrong: by a fault in code, a signal, or for lack of memory."""
+
+
 class BusyError(NssError):
     """Somebody else holds the repository."""
 

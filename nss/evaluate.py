@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from nss.data import Data
 from nss.errors import ModelError
 from nss.model import Classifier
-from nss.predict import predict
+from nss.predict import answers_of, predict
 from nss.size import count_parameters
-from nss.slice import SemanticSlices
+from nss.slice import SemanticSlice, SemanticSlices
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def evaluate(
 ) -> Evaluation:
     """Score `model` on held-out images. classes: needed for models not made by `build_model`.
 
+    What is not finite in the logits of an image makes its answer a wrong one (see `confusion_of`).
     Raises ModelError when there are no images, or labels that the model does not know.
 
     >>> nss.evaluate(model, nss.load_data("data").split("test")).worst_class
@@ -81,12 +83,16 @@ def evaluate(
             f"labels up to {high}, from {low}, and {logits.shape[1]} logits do not fit {len(names)} classes",
             allowed=f"0 to {len(names) - 1}: {', '.join(names)}",
         )
-    return Evaluation(names, confusion_of(logits.argmax(1), labels, len(names)))
+    return Evaluation(names, confusion_of(answers_of(logits), labels, len(names)))
 
 
 def confusion_of(answers: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Count images by actual and by answered class. answers, labels: int64 [n]. Returns int64 [classes, classes]."""
-    return torch.bincount(labels * classes + answers, minlength=classes * classes).view(classes, classes)
+    """Count images by actual and by answered class. answers, labels: int64 [n]. Returns int64 [classes, classes].
+
+    An answer of -1 is a wrong one: it counts as the class after the actual one, after the last as the first.
+    """
+    counted = torch.where(answers < 0, (labels + 1) % classes, answers)
+    return torch.bincount(labels * classes + counted, minlength=classes * classes).view(classes, classes)
 
 
 def _classes_of(model: nn.Module) -> tuple[str, ...]:
@@ -137,7 +143,9 @@ def evaluate_slices(
     """Score the sliced models of `slices` on images of all categories.
 
     models: one for each slice, in order, each with logits for all classes. In the vote a category's score is the
-    probability that the slice it belongs to gives it. Raises ModelError when there are no images.
+    probability that the slice it belongs to gives it. What is not finite in a slice's logits of an image makes its
+    answer a wrong one, and that of the vote. Raises ModelError when there are no images, and when `data` is shuffled on
+    each reading.
 
     >>> models = [nss.remove(model, slice.neurons) for slice in slices]
     >>> nss.evaluate_slices(slices, models, data.split("test")).vote_accuracy
@@ -146,35 +154,33 @@ def evaluate_slices(
     if len(models) != len(slices):
         raise ModelError(f"{len(models)} models for {len(slices)} slices", allowed="one model for each slice")
     figures, told = [], 0
-    votes = labels = torch.zeros(0)
-    for each, model in zip(slices, models, strict=True):
+    votes = first = torch.zeros(0)
+    for number, (each, model) in enumerate(zip(slices, models, strict=True)):
         logits, labels = predict(model, data, batch_size)
-        if not len(votes):
-            votes = torch.zeros(logits.shape, dtype=torch.float64)
-        columns = list(each.indices)
-        votes[:, columns] = logits.double().softmax(1)[:, columns]
+        if not number:
+            votes, first = torch.zeros(logits.shape, dtype=torch.float64), labels
+        _check_order(labels, first)
+        answers, columns = answers_of(logits), list(each.indices)
+        votes[:, columns] = logits.double().softmax(1).masked_fill((answers < 0)[:, None], math.nan)[:, columns]
         own = torch.isin(labels, torch.tensor(columns))
-        figures.append(
-            _figures(each.name, each.categories, logits.argmax(1), labels, own, columns, count_parameters(model))
+        figures.append(_figures(each, answers, labels, own, count_parameters(model)))
+        told += int((answers == labels)[own].sum())
+    vote = float((answers_of(votes) == first).double().mean())
+    return SlicesEvaluation(tuple(figures), vote, told / len(first))
+
+
+def _check_order(labels: Tensor, first: Tensor) -> None:
+    if not torch.equal(labels, first):
+        raise ModelError(
+            "the images come in another order each time they are read", where="data", fix="do not shuffle them"
         )
-        told += int((logits.argmax(1) == labels)[own].sum())
-    vote = float((votes.argmax(1) == labels).double().mean())
-    return SlicesEvaluation(tuple(figures), vote, told / len(labels))
 
 
-def _figures(
-    name: str,
-    categories: tuple[str, ...],
-    answers: Tensor,
-    labels: Tensor,
-    own: Tensor,
-    columns: list[int],
-    parameters: int,
-) -> SliceFigures:
-    inside = torch.isin(answers, torch.tensor(columns))
+def _figures(each: SemanticSlice, answers: Tensor, labels: Tensor, own: Tensor, parameters: int) -> SliceFigures:
+    inside = torch.isin(answers, torch.tensor(each.indices))
     return SliceFigures(
-        name=name,
-        categories=categories,
+        name=each.name,
+        categories=each.categories,
         recall=_share((answers == labels)[own]),
         recognised=_share(inside[own]),
         false_positive_rate=_share(inside[~own]),

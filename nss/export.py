@@ -53,7 +53,7 @@ def export_onnx(model: nn.Module, path: str | Path, images: Tensor | None = None
         raise ExportError(f"the weights take {size:,} bytes", allowed=f"{ONNX_LIMIT:,}", fix="export a program (.pt2)")
     for package in ("onnx", "onnxscript"):
         _package(package)
-    return _publish(twin, path, ONNX, lambda: _onnx_bytes(twin), images)
+    return _publish(twin, path, ONNX, lambda: _onnx_bytes(twin, _metadata(model)), images)
 
 
 def export_program(model: nn.Module, path: str | Path, images: Tensor | None = None) -> dict[int, float]:
@@ -67,7 +67,7 @@ def export_program(model: nn.Module, path: str | Path, images: Tensor | None = N
     torch.Size([64, 10])
     """
     twin = _twin(model)
-    return _publish(twin, path, PROGRAM, lambda: _program_bytes(twin), images)
+    return _publish(twin, path, PROGRAM, lambda: _program_bytes(twin, _metadata(model)), images)
 
 
 def check_export(
@@ -124,6 +124,12 @@ def describe(model: Classifier) -> dict[str, Any]:
         "factory": model.spec.factory,
         "model": model_digest(model),
     }
+
+
+def _metadata(model: nn.Module) -> str:
+    """Say it of the model that is exported: its copy without masks has another digest, which nobody knows."""
+    assert isinstance(model, Classifier)
+    return json.dumps(describe(model))
 
 
 def _twin(model: nn.Module) -> Classifier:
@@ -184,16 +190,16 @@ def _trace(twin: Classifier) -> torch.export.ExportedProgram:
     return program
 
 
-def _program_bytes(twin: Classifier) -> bytes:
+def _program_bytes(twin: Classifier, metadata: str) -> bytes:
     buffer = BytesIO()  # a file's name would be inside the archive
     with warnings.catch_warnings():
         # Said of every weight that is stored channels last; each has a storage of its own.
         warnings.filterwarnings("ignore", message="No complete tensor found")
-        torch.export.save(_trace(twin), buffer, extra_files={META: json.dumps(describe(twin))})
+        torch.export.save(_trace(twin), buffer, extra_files={META: metadata})
     return buffer.getvalue()
 
 
-def _onnx_bytes(twin: Classifier) -> bytes:
+def _onnx_bytes(twin: Classifier, metadata: str) -> bytes:
     program = torch.onnx.export(
         _trace(twin),
         dynamo=True,
@@ -204,7 +210,7 @@ def _onnx_bytes(twin: Classifier) -> bytes:
     )
     assert program is not None
     proto = program.model_proto
-    proto.metadata_props.add(key=META, value=json.dumps(describe(twin)))
+    proto.metadata_props.add(key=META, value=metadata)
     content: bytes = proto.SerializeToString(deterministic=True)
     return content
 
@@ -279,5 +285,5 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise ExportError(
-            f"ONNX needs the package {name}, which is not installed", fix="pip install 'nss[export]'"
+            f"ONNX needs the package {name}, which is not installed", fix="pip install onnx onnxscript onnxruntime"
         ) from None

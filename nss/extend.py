@@ -17,7 +17,7 @@ from nss.grow import Capacity, add_column, capacity, condense, evidence_of
 from nss.model import Classifier
 from nss.profile import Profile
 from nss.routing import fit_mix
-from nss.samples import Samples, drawn, parts, rank_in_class
+from nss.samples import Samples, drawn, joined, old_parts, parts, rank_in_class
 from nss.size import count_parameters
 from nss.slice import SemanticSlices
 from nss.told import features_of
@@ -91,14 +91,15 @@ def extend(
     slices, profile: of the model, for condensing; a condensed model needs neither. new_data: labelled images of new
     classes, whose indices follow those of the known ones; images of known classes among them are replayed. replay:
     share of the old training images that are used beside the new ones, at least one a class: the old are told from the
-    new a little better. old_data: needed for condensing and for replay, used to report old accuracy. classes: names of
-    the new classes, when new_data is no Dataset. share: see `condense`. width: share of the factory's neurons that each
-    layer gets for the new classes: free ones first, then it is widened. learning_rate: the largest of a one-cycle
-    schedule.
+    new a little better. old_data: needed for condensing and for replay, used to report old accuracy; of a Dataset that
+    goes on with further classes, the images of known ones are taken. classes: names of the new classes, when new_data
+    is no Dataset. share: see `condense`. width: share of the factory's neurons that each layer gets for the new
+    classes: free ones first, then it is widened. learning_rate: the largest of a one-cycle schedule.
     Source: NeuSemSlice, arXiv 2407.20281, section 3 (freeze the critical neurons, train the rest); one-way wiring and
     routing are ours, method.md 7.
     Raises ExtendError when there is no new class, a new class has no image or no name, old data is needed and not
-    given, settings are out of range, the network cannot be extended, or the loss is not finite any more.
+    given, or has labels that the model does not know, settings are out of range, the network cannot be extended or is
+    not in float32, or the loss is not finite any more.
 
     >>> result = nss.extend(model, slices, nss.load_data("new"), old_data=nss.load_data("data"))
     >>> result.report.accuracies.new, result.report.accuracies.new_told
@@ -107,8 +108,9 @@ def extend(
     started = time.perf_counter()
     settings = Settings(epochs, batch_size, learning_rate, weight_decay)
     _check(settings, replay, width)
+    _check_model(model)
     new, held_out, names = _new_samples(model, new_data, classes, seed)
-    old, judged = (None, held_out.pick(NOTHING)) if old_data is None else parts(old_data, seed)
+    old, judged = (None, held_out.pick(NOTHING)) if old_data is None else _old_samples(model, old_data, seed)
     ready = model if model.spec.tasks else _condensed(model, slices, old, profile, share, seed)
     known = len(model.spec.classes)
     memory, kept_back = _memory(new, old, replay, known, seed)
@@ -121,7 +123,7 @@ def extend(
     report = ExtendReport(
         classes=tuple(names),
         curve=tuple(curve),
-        accuracies=judge(grown, _joined(held_out, judged), known),
+        accuracies=judge(grown, joined(held_out, judged), known),
         before=judge(model, judged, known).overall,
         capacity=capacity(grown),
         shrinkage=shrinkage,
@@ -147,15 +149,34 @@ def _check(settings: Settings, replay: float, width: float) -> None:
             raise ExtendError(f"{name} is {value}", where=name, allowed=allowed)
 
 
-def _new_samples(
-    model: Classifier, data: Data, classes: Sequence[str] | None, seed: int
-) -> tuple[Samples, Samples, tuple[str, ...]]:
-    """Return the new samples to train on, those of new classes to hold out, and the names of the new classes."""
+def _check_model(model: Classifier) -> None:
     if not isinstance(model, Classifier):
         raise ExtendError(f"{type(model).__name__} does not say how it is built", fix="make it with nss.build_model")
     if model.spec.tasks and model.spec.kept:
         raise ExtendError("the model was made smaller after it was extended", fix="restructure it before extending it")
     refuse_masks(model, "extending", ExtendError)
+    if other := {parameter.dtype for parameter in model.parameters()} - {torch.float32}:
+        raise ExtendError(
+            f"the model has weights in {', '.join(sorted(str(each).removeprefix('torch.') for each in other))}",
+            where="model",
+            allowed="float32, which new columns and the router are made in",
+            fix="extend model.float(), with a profile of that",
+        )
+
+
+def _old_samples(model: Classifier, data: Data, seed: int) -> tuple[Samples, Samples]:
+    """Return the old samples to learn from and those to judge on, of the classes that the model knows."""
+    known = model.spec.classes
+    if isinstance(data, Dataset) and data.classes[: len(known)] == known:
+        # New classes arrive in the folder that the old ones are in.
+        data = data.of_classes(known)
+    return old_parts(data, known, seed, ExtendError)
+
+
+def _new_samples(
+    model: Classifier, data: Data, classes: Sequence[str] | None, seed: int
+) -> tuple[Samples, Samples, tuple[str, ...]]:
+    """Return the new samples to train on, those of new classes to hold out, and the names of the new classes."""
     known = model.spec.classes
     new, held_out = parts(data, seed)
     if not len(new):
@@ -220,15 +241,9 @@ def _memory(new: Samples, old: Samples | None, replay: float, known: int, seed: 
     if replay and old is None:
         raise ExtendError(f"replay is {replay} without old data", where="old_data", fix="give old data")
     if replay and old is not None:
-        again = _joined(again, old.pick(drawn(old.labels, replay, seed, least=1)))
+        again = joined(again, old.pick(drawn(old.labels, replay, seed, least=1)))
     back = rank_in_class(again.labels) % KEPT_BACK == KEPT_BACK - 1
     return again.pick(~back), again.pick(back)
-
-
-def _joined(left: Samples, right: Samples) -> Samples:
-    if not len(left) or not len(right):
-        return left if len(left) else right
-    return Samples(torch.cat([left.images, right.images]), torch.cat([left.labels, right.labels]))
 
 
 def _open(model: Classifier, new: Samples, held_out: Samples, old: Samples) -> float:
@@ -242,7 +257,7 @@ def _open(model: Classifier, new: Samples, held_out: Samples, old: Samples) -> f
     shrinkage = router.open_gate(features, torch.cat([held_out.labels, old.labels]))
     if len(old):
         against = held_out if len(held_out) else new
-        both = _joined(against, old)
+        both = joined(against, old)
         seen = torch.cat(list(evidence_of(model, (both.images, both.labels))))
         router.mixes[-1] = fit_mix(seen, torch.arange(len(both)) < len(against))
     return shrinkage

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from nss.errors import ExtendError
 from nss.finetune import batches
-from nss.model import Classifier, device_of
+from nss.model import Classifier, device_of, seeded
 from nss.predict import predict
-from nss.samples import Samples
+from nss.samples import Samples, joined
 from nss.steps import descend, passes_of, sgd
 from nss.wiring import Columns, last_column
 
@@ -61,8 +61,7 @@ def train_column(
     each_epoch = passes_of(len(new), size) * (len(new) // size)
     steps = settings.epochs * each_epoch
     curve, orders = [], batches(len(new), steps, size, generator)
-    with last_column(network) as column, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # dropout
+    with last_column(network) as column, seeded(seed, device):  # dropout
         optimizer, schedule = sgd(column.parameters(), steps, settings.learning_rate, settings.weight_decay)
         for epoch in range(1, settings.epochs + 1):
             total = 0.0
@@ -80,10 +79,7 @@ def _with_memory(new: Samples, rows: Tensor, memory: Samples, generator: torch.G
     replayed = min(len(memory), math.ceil(len(rows) * OLD_PER_NEW))
     # A norm takes no statistics of a single image.
     batch = new.pick(rows if len(rows) > 1 else rows.repeat(2))
-    again = memory.pick(torch.randperm(len(memory), generator=generator)[:replayed])
-    if not len(again):
-        return batch
-    return Samples(torch.cat([batch.images, again.images]), torch.cat([batch.labels, again.labels]))
+    return joined(batch, memory.pick(torch.randperm(len(memory), generator=generator)[:replayed]))
 
 
 def _loss(model: Classifier, images: Tensor, labels: Tensor, known: int, replayed: bool) -> Tensor:

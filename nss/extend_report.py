@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nss.data import Data
 from nss.model import Classifier
-from nss.predict import predict
+from nss.predict import answers_of, predict
 from nss.samples import Samples
 from nss.told import tasks_of, told_answers
 
@@ -43,7 +43,7 @@ def judge(model: Classifier, samples: Samples, known: int) -> Told:
 
 def judge_answers(model: Classifier, logits: Tensor, labels: Tensor, known: int) -> Told:
     """Judge what a model has answered. logits: [n, classes]; labels: int64 [n]."""
-    free, told = logits.argmax(1).eq(labels), told_answers(model, logits, labels).eq(labels)
+    free, told = answers_of(logits).eq(labels), told_answers(model, logits, labels).eq(labels)
     is_old = labels < known
     names = model.spec.classes
     return Told(
@@ -65,7 +65,7 @@ def told_accuracy(model: Classifier, data: Data) -> dict[str, tuple[float, float
     (0.96, 0.91)
     """
     logits, labels = predict(model, data)
-    free, told = logits.argmax(1).eq(labels), told_answers(model, logits, labels).eq(labels)
+    free, told = answers_of(logits).eq(labels), told_answers(model, logits, labels).eq(labels)
     task = tasks_of(model)
     first = [model.spec.classes[int((task == each).nonzero()[0, 0])] for each in task.unique().tolist()]
     parts = {name: task[labels] == each for each, name in enumerate(first)} | {"all": torch.ones_like(free)}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nss.data import Data
 from nss.errors import ModelError
-from nss.model import Classifier, device_of, evaluating
+from nss.model import Classifier, device_of, evaluating, seeded
 from nss.steps import sgd, step, training_images
 from nss.told import check_classes, route_by, tasks_apart
 
@@ -51,8 +51,7 @@ def fine_tune(
         check_classes(cast(Classifier, model), labels)
     model.train()
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # dropout
+        with seeded(seed, device):  # dropout
             orders = batches(len(images), steps, batch_size, torch.Generator().manual_seed(seed))
             for number, rows in enumerate(orders, start=1):
                 batch, target = images[rows].to(device), labels[rows].to(device)

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from nss.data import CLASS_LIMIT, Dataset, class_name_problem
+from nss.images import scale
 from nss.sources import Block, Source
 
 Array = NDArray[Any]
@@ -58,6 +58,15 @@ def _order_problems(classes: tuple[str, ...], found: tuple[str, ...]) -> list[st
     return problems + [f"class {name!r} is listed {n} times" for name, n in Counter(classes).items() if n > 1]
 
 
+def can_scale(size: tuple[int, int]) -> bool:
+    """Say whether images may be scaled to this (height, width).
+
+    >>> can_scale((224, 224)), can_scale((0, 5000))
+    (True, False)
+    """
+    return 1 <= min(size) <= max(size) <= LARGEST
+
+
 def fit_blocks(
     blocks: Sequence[Block], shape: tuple[int, int, int] | None, resize: tuple[int, int] | None
 ) -> tuple[list[Block], list[str]]:
@@ -67,7 +76,7 @@ def fit_blocks(
     """
     if not blocks:
         return [], []
-    if resize is not None and not 1 <= min(resize) <= max(resize) <= LARGEST:
+    if resize is not None and not can_scale(resize):
         return [], [f"resize is {resize}; allowed: height and width from 1 to {LARGEST}"]
     if resize is not None and shape is not None and resize != shape[1:]:
         return [], [f"resize is {resize}, but the images of the data set are {_size(shape[1:])}"]
@@ -79,7 +88,7 @@ def fit_blocks(
         if wrong:
             problems.append(f"{block.name}: {wrong}")
         else:
-            images = _scale(block.images, size)
+            images = scale(block.images, size)
             colours = images if images.shape[1] == channels else np.repeat(images, channels, axis=1)
             fitting.append(replace(block, images=colours))
     return fitting, problems
@@ -90,7 +99,7 @@ def _misfit(images: Array, channels: int, size: tuple[int, int], may_scale: bool
         return "the image is RGB, those of the data set are grey"
     height, width = images.shape[2:]
     if (height, width) != size and not may_scale:
-        return f"the image is {height} x {width}, those of the data set are {_size(size)}; or use resize"
+        return f"the image is {height} x {width}, those of the data set are {_size(size)}; or scale it (--resize)"
     return ""
 
 
@@ -103,14 +112,6 @@ def _most_frequent_size(blocks: Sequence[Block]) -> tuple[int, int]:
 
 def _size(size: Sequence[int]) -> str:
     return f"{size[0]} x {size[1]} (height x width)"
-
-
-def _scale(images: Array, size: tuple[int, int]) -> Array:
-    if images.shape[2:] == size:
-        return images
-    planes = [Image.fromarray(plane) for plane in images.reshape(-1, *images.shape[2:])]
-    scaled = [np.asarray(plane.resize((size[1], size[0]), Image.Resampling.BILINEAR)) for plane in planes]
-    return np.stack(scaled).reshape(*images.shape[:2], *size)
 
 
 def conflicts(blocks: Sequence[Block], keys: Sequence[list[bytes]], classes: Sequence[str]) -> list[str]:

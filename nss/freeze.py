@@ -3,17 +3,19 @@
 Masking gradients does not freeze: weight decay, momentum and norm statistics move what has no gradient. Here a frozen
 number is no parameter at all. Each layer keeps all its numbers as buffers and its free rows as parameters; the forward
 puts them together, and the backward computes weight gradients for the free rows alone. A BatchNorm whose statistics do
-not move is a fixed scale and shift: it is folded into the convolution before it, which saves its two passes.
+not move is a fixed scale and shift: it is folded into the convolution before it, which saves its two passes. Any other
+norm with running statistics stays in evaluation mode.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from nss.anatomy import Anatomy, Producer
 from nss.coupling import lookup
@@ -25,14 +27,37 @@ from nss.sites import find_sites
 from nss.weight_masks import apply_masks, refuse_unowned, release_masks
 
 
+class StillNorm(nn.Module):
+    """A norm that uses its running statistics, and leaves them as they are, in training too."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.training = layer.training
+        self.layer = layer.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Note the mode; the norm stays in evaluation mode."""
+        self.training = mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [n, channels, ..]. Returns the same shape."""
+        normed: Tensor = self.layer(x)
+        return normed
+
+    def settled(self) -> nn.Module:
+        """Return the norm, in the mode that this is in."""
+        return self.layer.train(self.training)
+
+
 def freeze(model: nn.Module, free: Mapping[str, Tensor], input_shape: Sequence[int] | None = None) -> nn.Module:
     """Return a copy of `model` whose only parameters are the free neurons' incoming weights, biases and norm entries.
 
     free: {layer: bool [neurons], True = may move}, layers as in a profile, or the class head; layers that are not named
-    are frozen. In a layer that is called several times a neuron moves if every call that is named lets it. BatchNorm
-    uses its running statistics, which stay as they are, whatever mode the model is in; masked weights stay zero. Train
-    the copy with any optimizer over its `parameters()`, then `thaw` it. input_shape: needed for models not made by
-    `build_model`.
+    are frozen. In a layer that is called several times a neuron moves if every call that is named lets it. A norm with
+    running statistics uses them, and they stay as they are, whatever mode the model is in; masked weights stay zero.
+    Train the copy with any optimizer over its `parameters()`, then `thaw` it. input_shape: needed for models not made
+    by `build_model`.
     Source: NeuSemSlice, arXiv 2407.20281, section 3 (critical neurons tuned, the rest frozen).
     Raises SiteError for unknown layers, masks of a wrong length or type, and weights that are computed from others or
     shared by layers.
@@ -67,9 +92,8 @@ def thaw(model: nn.Module) -> nn.Module:
     >>> nss.save_model(thaw(frozen), "folder")
     """
     twin = copy.deepcopy(model)
-    plain = {
-        id(module): module.settled() for module in twin.modules() if isinstance(module, FreeRows | FoldedActivation)
-    }
+    wrappers = FreeRows | FoldedActivation | StillNorm
+    plain = {id(module): module.settled() for module in twin.modules() if isinstance(module, wrappers)}
     _replace(twin, plain)
     for module in twin.modules():
         _release(module)
@@ -203,6 +227,8 @@ def _wrapped(
             wrapped[id(module)] = FreeLinear(module, own)
         elif isinstance(module, CHANNEL_NORMS) or (isinstance(module, nn.GroupNorm) and len(own)):
             wrapped[id(module)] = FreeNorm(module, own)
+        elif isinstance(module, _NormBase) and module.running_mean is not None:
+            wrapped[id(module)] = StillNorm(module)
     for name, module in modules.items():
         own = chosen.get(name, torch.zeros(0, dtype=torch.int64))
         if isinstance(module, CONVOLUTIONS) and (len(own) or name in norms):

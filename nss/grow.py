@@ -15,7 +15,7 @@ from nss.apply import refitted
 from nss.data import Data, train_part
 from nss.errors import ExtendError
 from nss.merge import order_units, readings, unit_scores
-from nss.model import Classifier, Task, device_of, factory_network, model_digest, with_network
+from nss.model import Classifier, Task, device_of, factory_network, model_digest, seeded, with_network
 from nss.profile import Profile
 from nss.profile import profile as gather_profile
 from nss.routing import Router, choose_views
@@ -161,8 +161,7 @@ def add_column(model: Classifier, names: Sequence[str], width: float, seed: int)
     kept = {module: indices for module, indices in kept.items() if len(indices) < _outputs(sites, module)}
     twin = copy.deepcopy(cast(Columns, model.network))
     columns = list(twin.columns)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, device_of(column)):
         read_earlier(column, columns, spec.input_shape)
     tasks = (*spec.tasks, Task(len(names), kept))
     router = Router(spec.views, spec.features, [task.classes for task in tasks])

@@ -1,4 +1,4 @@
-"""Reading one image file by documented rules: what is taken as it is, converted without loss, or refused, and why."""
+"""Reading one image file by documented rules, taken as it is, converted without loss, or refused; and scaling."""
 
 from __future__ import annotations
 
@@ -38,6 +38,19 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     # PIL's plugins raise nearly anything on damaged files, and each such file must be listed, not end the run.
     except Exception as problem:
         raise ValueError(f"the image cannot be read ({problem})") from None
+
+
+def scale(images: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return uint8 images [n, c, h, w] scaled to (height, width), bilinear; those that have this size as they are.
+
+    >>> scale(np.zeros((2, 3, 480, 640), np.uint8), (32, 32)).shape
+    (2, 3, 32, 32)
+    """
+    if images.shape[2:] == size:
+        return images
+    planes = [Image.fromarray(plane) for plane in images.reshape(-1, *images.shape[2:])]
+    scaled = [np.asarray(plane.resize((size[1], size[0]), Image.Resampling.BILINEAR)) for plane in planes]
+    return np.stack(scaled).reshape(*images.shape[:2], *size)
 
 
 def _decode(path: Path) -> NDArray[np.uint8]:

@@ -32,7 +32,7 @@ from nss.data import (
 )
 from nss.errors import BusyError, DataError
 from nss.files import read_json
-from nss.fitting import Options, conflicts, fit_blocks, merge_classes
+from nss.fitting import Options, can_scale, conflicts, fit_blocks, merge_classes
 from nss.sources import DIGITS, Block, Source, read_source
 
 TEST_SHARE = 0.20
@@ -102,7 +102,8 @@ def add_batch(
     >>> add_batch("data", "photos/", resize=(32, 32)).splits  # doctest: +SKIP
     {'train': 70, 'val': 10, 'test': 20}
     """
-    root, found = Path(root), read_source(source)
+    # Photographs at their own size may not fit into memory.
+    root, found = Path(root), read_source(source, resize if resize and can_scale(resize) else None)
     with _locked(root):
         current = _current(root)
         plan = _plan(current, found, str(source), Options(new_classes, classes, resize))

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -117,7 +118,8 @@ def _build_network(spec: ModelSpec, seed: int, allow: Sequence[str]) -> nn.Modul
         if task.kept:
             shrink(column, spec.input_shape, task.kept)
         if columns:
-            read_earlier(column, columns, spec.input_shape)
+            with seeded(seed, device_of(column)):
+                read_earlier(column, columns, spec.input_shape)
         columns.append(column)
     try:
         router = Router(spec.views, spec.features, [task.classes for task in spec.tasks])
@@ -138,8 +140,7 @@ def factory_network(spec: ModelSpec, classes: int, seed: int, allow: Sequence[st
     given = {
         name: value for name, value in named.items() if name in parameters or (takes_any and name == "num_classes")
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         try:
             network = call(**given, **spec.arguments)
         except Exception as problem:
@@ -174,7 +175,10 @@ def find_factory(factory: str, allow: Sequence[str] = ()) -> Any:
         raise ModelError("this is no factory", where=factory, allowed="a Python function or class") from None
     except (ImportError, AttributeError) as problem:
         raise ModelError(
-            f"the factory does not exist: {problem}", where=factory, allowed="package.module:callable"
+            f"the factory does not exist: {problem}",
+            where=factory,
+            allowed="package.module:callable",
+            fix=_hidden(problem),
         ) from None
     # A trusted module also holds what it imports for itself, for example what downloads and unpickles a file.
     if not _is_of(_home(call), trusted):
@@ -185,6 +189,16 @@ def find_factory(factory: str, allow: Sequence[str] = ()) -> Any:
             fix="name the module that defines it; if you trust it, add its package to base.packages in params.yaml",
         )
     return call
+
+
+def _hidden(problem: Exception) -> str:
+    """Return what to do about a module that is missing because another package has its name; else an empty text."""
+    name = problem.name or "" if isinstance(problem, ModuleNotFoundError) else ""
+    package, _, rest = name.partition(".")
+    found = sys.modules.get(package) if rest else None
+    if found is None:
+        return ""
+    return f"`{package}` is the package in {next(iter(found.__path__))} here; if you mean one of yours, rename it"
 
 
 def _is_of(module: str, packages: Sequence[str]) -> bool:
@@ -280,8 +294,10 @@ def _fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path) -
             fix="the factory has changed since the model was saved: restore it, or train again",
         )
     for name, tensor in model.state_dict(keep_vars=True).items():
-        # A model may have been made double or half; load_state_dict would round without a word.
-        tensor.data = tensor.data.to(tensors[name].dtype)
+        # A model may have been made double or half; load_state_dict would round without a word. A mean that was once
+        # kept as whole numbers is none the less one of floats.
+        if tensors[name].is_floating_point() or not tensor.is_floating_point():
+            tensor.data = tensor.data.to(tensors[name].dtype)
     model.load_state_dict(dict(tensors))
 
 
@@ -295,9 +311,35 @@ def with_network(model: nn.Module, network: nn.Module, **changes: Any) -> nn.Mod
     if not isinstance(model, Classifier):
         return network
     twin = Classifier(network, replace(model.spec, **changes), model.normalise.layout)
-    twin.normalise = model.normalise
+    # What shares weights goes to another device or precision together with the model; what has its own goes alone.
+    is_view = not set(network.parameters()).isdisjoint(model.network.parameters())
+    twin.normalise = model.normalise if is_view else copy.deepcopy(model.normalise)
     twin.training = model.training
     return twin
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Have what is drawn in this block, on the CPU and on `device`, follow from the seed; the caller's draws do not.
+
+    torch.manual_seed would seed every other device as well, and nobody would put them back.
+
+    >>> with seeded(0):
+    ...     torch.rand(1)
+    tensor([0.4963])
+    """
+    kind = device.type if device is not None and device.type != "cpu" else ""
+    module = getattr(torch, kind, None)
+    if module is None or not module.device_count():
+        kind = ""  # PyTorch knows no generator of it
+    with torch.random.fork_rng(devices=[device] if kind else [], device_type=kind or "cuda"):
+        torch.default_generator.manual_seed(seed)
+        if kind == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        elif kind:
+            getattr(torch, kind).manual_seed(seed)
+        yield
 
 
 def shape_of(model: nn.Module, input_shape: Sequence[int] | None) -> tuple[int, ...]:

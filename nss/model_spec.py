@@ -54,6 +54,11 @@ class ModelSpec:
     features: int = 0
     """number of features that the views make"""
 
+    def __post_init__(self) -> None:
+        # 0 and 0.0 are one number, but not the same bytes in model.json.
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(float(each) for each in getattr(self, name)))
+
 
 def read_spec(path: Path) -> tuple[ModelSpec, str]:
     """Read model.json. Returns the spec and the digest of the weights file that belongs to it.

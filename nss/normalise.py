@@ -37,8 +37,9 @@ class Normalise(nn.Module):
         super().__init__()
         self.input_shape, self.layout = tuple(input_shape), layout
         self.takes_any = set(mean) == {0.0} and set(std) == {1.0}
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        # Of whole numbers PyTorch makes whole numbers, and images would be cut to that type.
+        self.register_buffer("mean", torch.tensor([float(each) for each in mean]).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor([float(each) for each in std]).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """images: [n, c, h, w]. Returns floats of the same shape. Raises DataError for what are no such pixels."""

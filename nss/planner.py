@@ -149,3 +149,18 @@ def _check(model: nn.Module, slices: SemanticSlices, profiled: Profile, cap: flo
         raise RestructureError("the profile has no Gram matrices", fix="profile with gram=True")
     if slices.classes != model.spec.classes:
         raise RestructureError("the slices are of other classes", fix="slice this model")
+    _check_slices(slices, profiled)
+
+
+def _check_slices(slices: SemanticSlices, profiled: Profile) -> None:
+    sizes = dict(profiled.layers)
+    for each in slices:
+        found = {name: len(neurons) for name, neurons in each.neurons.items()}
+        if other := [name for name in {**sizes, **found} if found.get(name) != sizes.get(name)]:
+            name = other[0]
+            raise RestructureError(
+                "the slices are of another model",
+                where=f"{name}: {found.get(name, 'no')} neurons",
+                allowed=f"{sizes.get(name, 'no')} neurons",
+                fix="slice this model",
+            )

@@ -25,7 +25,16 @@ def predict(model: nn.Module, data: Data, batch_size: int = 500) -> tuple[Tensor
     return torch.cat([logits for logits, _ in rows]), torch.cat([labels for _, labels in rows])
 
 
+def answers_of(logits: Tensor) -> Tensor:
+    """Return the class with the largest logit of each image, int64 [n]; -1, which no label is, where one is not finite.
+
+    >>> answers_of(torch.tensor([[0.0, 2.0], [1.0, float("nan")]]))
+    tensor([ 1, -1])
+    """
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
+
+
 def accuracy(model: nn.Module, data: Data) -> float:
     """Return the share of images that the model answers right, of 1. Raises ModelError when there are no images."""
     logits, labels = predict(model, data)
-    return float((logits.argmax(1) == labels).double().mean())
+    return float((answers_of(logits) == labels).double().mean())

@@ -15,15 +15,15 @@ from nss.data import Data, Dataset, train_part
 from nss.errors import ReadaptError
 from nss.freeze import freeze, thaw
 from nss.guard import Guard
-from nss.model import Classifier, model_digest, network_of, with_network
+from nss.model import Classifier, device_of, model_digest, network_of, seeded, with_network
 from nss.predict import predict
 from nss.profile import Profile
 from nss.profile import profile as gather_profile
-from nss.samples import Samples, drawn, parts
+from nss.samples import Samples, drawn, old_parts, parts, unknown_labels
 from nss.sites import find_sites
 from nss.size import count_parameters
 from nss.slice import SemanticSlices
-from nss.told import route_anew, tasks_apart, within_task
+from nss.told import check_classes, route_anew, tasks_apart, within_task
 from nss.tunable import tunable_neurons
 from nss.weight_masks import refuse_unowned
 
@@ -98,17 +98,17 @@ def readapt(
     their targets the original's answers are, 0 to 1. categories: the affected ones, default those of the new samples.
     patience: epochs without a better accuracy on held-out new samples after which to stop.
     An extended model is tuned told which task an image is of, and old_data, together with the new samples, teaches its
-    router anew what tells the tasks apart, and how much that counts; without it the router stays as it was, and
-    mistakes more images.
+    router anew what tells the tasks apart, and how much that counts: it takes images of every class to train on.
+    Without old_data the router stays as it was, and mistakes more images.
 
     A part of the new samples (a Dataset's val split, else a tenth of each class) is held out. Of the epochs, the
     original included, whose accuracy there is within one standard error of the best, the one is kept that harms old
     knowledge least: by accuracy on held-out old data where it is given, else by the guard. With too few samples to hold
     any out it is the one with the smallest loss on all of them, guard included.
     Source: NeuSemSlice, arXiv 2407.20281, section 3; the choice of neurons and the guard are method.md 6's.
-    Raises ReadaptError when there are no new samples, a label is not known to the model, the profile or the slices are
-    of another model, settings are out of range, weights are computed from others or shared by layers, or the loss is
-    not finite any more.
+    Raises ReadaptError when there are no new samples, a label, among old data too, is not known to the model, old data
+    and new samples lack a class of an extended model, the profile or the slices are of another model, settings are out
+    of range, weights are computed from others or shared by layers, or the loss is not finite any more.
 
     >>> result = nss.readapt(model, slices, drifted, profile=profile)
     >>> result.report.curve[-1].new_accuracy, result.report.trained_share
@@ -122,19 +122,19 @@ def readapt(
     settings = replace(settings, guard=guard * len(slices.classes) / len(new.labels.unique()))
     affected = _affected(new, slices, categories)
     tasks = tasks_apart(model)
-    old, judged, memory = _old_samples(model, old_data, replay, distil, seed)
+    old, judged = _old_samples(model, slices, old_data, new, seed)
+    memory = _memory(model, old, replay, distil, seed)
     shape = tuple(new.images.shape[1:])
     neurons = tunable_neurons(model, slices, new.images, new.labels, share, affected)
     frozen = freeze(model, neurons, shape)
     keeper = _guard(model, frozen, shape, profile, old_data) if guard else None
     course = Course(frozen, new, held_out, judged, memory, keeper, settings, tasks)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # dropout
+    with seeded(seed, device_of(model)):  # dropout
         stopped = course.run(torch.Generator().manual_seed(seed))
     result, total = _dressed(model, thaw(frozen)), count_parameters(model)
     moved = _moved(model, result)
     if tasks is not None and old is not None:
-        learned = [(each.images, each.labels) for each in (old, new)]
+        learned = [(each.images, each.labels) for each in (old, new) if each]
         others = [(each.images, each.labels) for each in (judged, held_out) if each]
         route_anew(cast(Classifier, result), learned, others)
     report = ReadaptReport(
@@ -176,9 +176,7 @@ def _new_samples(data: Data, slices: SemanticSlices, seed: int) -> tuple[Samples
     names = data.classes if isinstance(data, Dataset) else known
     if names[: len(known)] != known[: len(names)]:
         raise ReadaptError(f"the classes of the new samples are {list(names)}", allowed=f"in order: {list(known)}")
-    labels = torch.cat([new.labels, held_out.labels])
-    unknown = sorted(set(labels[(labels < 0) | (labels >= len(known))].tolist()))
-    if unknown:
+    if unknown := unknown_labels((new, held_out), len(known)):
         called = [names[label] if 0 <= label < len(names) else str(label) for label in unknown]
         raise ReadaptError(
             f"the model does not know the class {', '.join(called)}",
@@ -203,21 +201,34 @@ def _affected(new: Samples, slices: SemanticSlices, categories: Sequence[str] | 
 
 
 def _old_samples(
-    model: nn.Module, data: Data | None, replay: float, distil: float, seed: int
-) -> tuple[Samples | None, Samples | None, Memory | None]:
-    """Return old samples, those to judge on, and those to train on again with the original's answers."""
+    model: nn.Module, slices: SemanticSlices, data: Data | None, new: Samples, seed: int
+) -> tuple[Samples | None, Samples | None]:
+    """Return old samples and those to judge on; refuse at once what a router could not learn anew from."""
     if data is None:
+        return None, None
+    old, judged = old_parts(data, slices.classes, seed, ReadaptError)
+    if tasks_apart(model) is not None:
+        check_classes(
+            cast(Classifier, model),
+            torch.cat([old.labels, new.labels]),
+            ReadaptError,
+            "give old data with images of each class, or none: then the router stays as it was",
+        )
+    order = torch.randperm(len(judged), generator=torch.Generator().manual_seed(seed))
+    return old, judged.pick(order[:JUDGED])
+
+
+def _memory(model: nn.Module, old: Samples | None, replay: float, distil: float, seed: int) -> Memory | None:
+    """Return the old samples to train on again, with the original's answers."""
+    if old is None:
         if replay:
             raise ReadaptError(f"replay is {replay} without old data", where="old_data", fix="give old data")
-        return None, None, None
-    old, judged = parts(data, seed)
-    order = torch.randperm(len(judged), generator=torch.Generator().manual_seed(seed))
-    judged = judged.pick(order[:JUDGED])
+        return None
     again = old.pick(drawn(old.labels, replay, seed))
     if not len(again):
-        return old, judged, None
+        return None
     answers, labels = predict(model, (again.images, again.labels))
-    return old, judged, Memory(again, within_task(answers, labels, tasks_apart(model)), distil)
+    return Memory(again, within_task(answers, labels, tasks_apart(model)), distil)
 
 
 def _guard(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nss.data import Data, Dataset, iter_batches, train_part, val_part
+from nss.errors import NssError
 
 # Of each class so much is held out, where that makes at least so many images in all: fewer say too little.
 HELD_OUT = 0.1
@@ -52,6 +54,44 @@ def parts(data: Data, seed: int) -> tuple[Samples, Samples]:
     if int(held_out.sum()) < FEWEST:
         held_out = torch.zeros_like(held_out)
     return samples.pick(~held_out), samples.pick(held_out)
+
+
+def old_parts(data: Data, classes: Sequence[str], seed: int, error: type[NssError]) -> tuple[Samples, Samples]:
+    """Return `parts` of what a model of these classes was made for. Raises `error` for images of other classes."""
+    known = tuple(classes)
+    if isinstance(data, Dataset) and data.classes[: len(known)] != known[: len(data.classes)]:
+        raise error(
+            f"the classes of the old data are {list(data.classes)}",
+            where="old_data",
+            allowed=f"in order: {list(known)}",
+        )
+    found = parts(data, seed)
+    if unknown := unknown_labels(found, len(known)):
+        raise error(
+            f"the old data has the label {', '.join(map(str, unknown))}: the model knows no such class",
+            where="old_data",
+            allowed=f"0 to {len(known) - 1}: {', '.join(known)}",
+            fix="give images of the known classes only, of a Dataset data.of_classes(those classes)",
+        )
+    return found
+
+
+def unknown_labels(samples: Sequence[Samples], known: int) -> list[int]:
+    """Return the labels that are not from 0 to below `known`, each once, the smallest first."""
+    labels = torch.cat([each.labels for each in samples])
+    found: list[int] = labels[(labels < 0) | (labels >= known)].unique().tolist()
+    return found
+
+
+def joined(left: Samples, right: Samples) -> Samples:
+    """Return the samples of both; uint8 images beside floats become floats 0..1, as a model would have read them."""
+    if not len(left) or not len(right):
+        return left if len(left) else right
+    images = [left.images, right.images]
+    if left.images.dtype != right.images.dtype:
+        # torch.cat alone would make floats 0..255 of them.
+        images = [each.float() / 255 if each.dtype == torch.uint8 else each for each in images]
+    return Samples(torch.cat(images), torch.cat([left.labels, right.labels]))
 
 
 def drawn(labels: Tensor, share: float, seed: int, least: int = 0) -> Tensor:

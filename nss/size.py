@@ -24,7 +24,8 @@ def count_macs(model: nn.Module, input_shape: Sequence[int] | None = None) -> in
     input_shape: (channels, height, width), needed for models not made by `build_model`.
     """
     shape = shape_of(model, input_shape)
-    image = torch.zeros(1, *shape, device=device_of(model))
+    like = next((each for each in model.parameters() if each.is_floating_point()), torch.zeros(()))
+    image = torch.zeros(1, *shape, dtype=like.dtype, device=device_of(model))
     with evaluating(model), torch.no_grad(), _attention_in_parts(), FlopCounterMode(display=False) as counter:
         model(image)
     return int(counter.get_total_flops()) // 2

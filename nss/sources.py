@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from nss.data import class_name_problem
 from nss.errors import DataError
-from nss.images import read_image
+from nss.images import read_image, scale
 
 Array = NDArray[Any]
 T = TypeVar("T")
@@ -35,6 +35,9 @@ TORCHVISION: dict[str, tuple[str, ...] | None] = {
     "CIFAR10": None, "CIFAR100": None, "SVHN": DIGITS, "STL10": None,
 }  # fmt: skip
 ALLOWED = "a folder of class folders, an .npz, a folder of idx files, fashion-mnist, or torchvision:NAME"
+_FOLDERS = "CLASS/IMAGE, or train/CLASS/IMAGE and test/CLASS/IMAGE"
+# What the folder of held-out images is called, the first that is there.
+_HELD_OUT = ("test", "val", "valid", "validation")
 _DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 _IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 _NPZ = "x, y or x_train, y_train, x_test, y_test, and classes beside them if wanted"
@@ -71,8 +74,10 @@ class Source:
     unused: tuple[str, ...] = ()
 
 
-def read_source(source: str | Path) -> Source:
+def read_source(source: str | Path, size: tuple[int, int] | None = None) -> Source:
     """Read a source of any kind; raises DataError when there is nothing of a known kind at all.
+
+    size: (height, width) that image files are scaled to, each as it is read.
 
     >>> read_source("photos/").classes  # doctest: +SKIP
     ('cat', 'dog')
@@ -86,7 +91,7 @@ def read_source(source: str | Path) -> Source:
             fix = "install Debian's package dataset-fashion-mnist, or use torchvision:FashionMNIST"
             raise DataError("the files of fashion-mnist are not installed", where=str(path), fix=fix)
     try:
-        return _read_path(path)
+        return _read_path(path, size)
     except OSError as problem:
         raise DataError(
             f"the source cannot be read ({problem.strerror})", where=text, fix="check its permissions"
@@ -100,17 +105,17 @@ def _expanded(path: Path) -> Path:
         raise DataError("there is no such user's home folder", where=str(path), fix="name the folder") from None
 
 
-def _read_path(path: Path) -> Source:
+def _read_path(path: Path, size: tuple[int, int] | None) -> Source:
     if path.is_dir():
         names = {entry.name.removesuffix(".gz") for entry in path.iterdir()}
-        return _read_idx(path) if names & set(_IDX) else _read_folder(path.resolve())
+        return _read_idx(path) if names & set(_IDX) else _read_folder(path.resolve(), size)
     if path.is_file() and path.suffix == ".npz":
         return _read_npz(path)
     what = "this is neither a folder nor an .npz" if path.exists() else "the source does not exist"
     raise DataError(what, where=str(path), allowed=ALLOWED, fix="name one of these")
 
 
-def _read_folder(root: Path) -> Source:
+def _read_folder(root: Path, size: tuple[int, int] | None) -> Source:
     problems: list[str] = []
     found: list[tuple[str, Path, bool | None]] = []
     for folder, held_out in _split_folders(root, problems):
@@ -124,40 +129,55 @@ def _read_folder(root: Path) -> Source:
     index = {name: number for number, name in enumerate(classes)}
     blocks: list[Block] = []
     for name, folder, held_out in found:
-        blocks += _read_class(folder, root, index[name], held_out, problems)
+        entries = _class_entries(folder, root, problems)
+        for place, image in _read_images(entries, root, size, problems):
+            blocks.append(Block(place, image, np.array([index[name]]), held_out))
     if not found:
-        problems.append("no class folder; allowed: CLASS/IMAGE, or train/CLASS/IMAGE and test/CLASS/IMAGE")
+        problems.append(f"no class folder; allowed: {_FOLDERS}")
     return Source(classes, tuple(blocks), tuple(problems))
 
 
 def _split_folders(root: Path, problems: list[str]) -> Iterable[tuple[Path, bool | None]]:
-    """Return the folders that hold class folders: the root, or its train/ and test/ when both hold folders."""
-    parts = [root / "train", root / "test"]
-    if not all(part.is_dir() and any(entry.is_dir() for entry in _visible(part)) for part in parts):
+    """Return the folders that hold class folders: the root, or its train/ and the one of what is held out.
+
+    That is test/, or val/ where there is no test/.
+    """
+    train, *others = (root / name for name in ("train", *_HELD_OUT))
+    held_out = next(filter(_holds_folders, others), None)
+    if held_out is None or not _holds_folders(train):
         return [(root, None)]
     for entry in _entries(root, root, problems):
-        if entry not in parts:
-            hint = "validation images are chosen from train by their content"
-            problems.append(f"{entry.name}: an unknown split; allowed: train, test ({hint})")
-    return [(parts[0], False), (parts[1], True)]
+        if entry not in (train, held_out):
+            hint = "validation images are chosen from train by their content: move these there"
+            problems.append(f"{entry.name}: an unknown split; allowed: train, {held_out.name} ({hint})")
+    return [(train, False), (held_out, True)]
 
 
-def _read_class(folder: Path, root: Path, label: int, held_out: bool | None, problems: list[str]) -> list[Block]:
+def _holds_folders(folder: Path) -> bool:
+    return folder.is_dir() and any(entry.is_dir() for entry in _visible(folder))
+
+
+def _class_entries(folder: Path, root: Path, problems: list[str]) -> list[Path]:
     entries = _entries(folder, root, problems)
     if not entries:
         problems.append(f"{_shown(folder, root)}: a class folder without images")
-    blocks = []
+    return entries
+
+
+def _read_images(
+    entries: Sequence[Path], root: Path, size: tuple[int, int] | None, problems: list[str]
+) -> Iterable[tuple[str, Array]]:
+    """Yield the name of each image that can be read, and its pixels [1, c, h, w]."""
     for entry in entries:
         name = _shown(entry, root)
         image = _attempt(problems, name, _read_entry, entry)
         if image is not None:
-            blocks.append(Block(name, image[None], np.array([label]), held_out))
-    return blocks
+            yield name, scale(image[None], size) if size else image[None]
 
 
 def _read_entry(entry: Path) -> Array:
     if entry.is_dir():
-        raise ValueError("a folder inside a class folder")
+        raise ValueError(f"a folder inside a class folder; allowed: {_FOLDERS}")
     if not entry.is_file():
         raise ValueError("not a regular file")
     return read_image(entry)

@@ -9,12 +9,13 @@ from nss.model import device_of, evaluating
 from nss.operations import CHANNEL_NORMS
 
 
-def retake_statistics(model: nn.Module, images: Tensor, batch_size: int = 250) -> None:
+def retake_statistics(model: nn.Module, images: Tensor, batch_size: int = 250, *, all_images: bool = False) -> None:
     """Replace the running mean and variance of every BatchNorm, in place, by those over `images`.
 
     images: what the model takes, [n, c, h, w]. Each is the plain average over batches of equal size (the rest that
-    does not fill a batch is left out, unless it is all there is). Everything else is as in evaluation: dropout is off.
-    A model without BatchNorm is left as it is.
+    does not fill a batch is left out, unless it is all there is). all_images: leave none out; batches are then as few,
+    and as equal, as `batch_size` allows. Everything else is as in evaluation: dropout is off. A model without BatchNorm
+    is left as it is.
 
     >>> nss.retake_statistics(model, data.split("train").images[:2000])
     """
@@ -24,13 +25,15 @@ def retake_statistics(model: nn.Module, images: Tensor, batch_size: int = 250) -
     if not norms or len(images) < 2:
         return
     size = min(batch_size, len(images))
+    whole = images[: len(images) // size * size].split(size)
+    batches = images.tensor_split(-(-len(images) // size)) if all_images else whole
     momenta = [norm.momentum for norm in norms]
     try:
         with evaluating(model), torch.no_grad():
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum, norm.training = None, True  # None: the average over all batches
-            for batch in images[: len(images) // size * size].split(size):
+            for batch in batches:
                 model(batch.to(device_of(model)))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from nss.data import Data, iter_batches, val_part
-from nss.errors import ModelError
+from nss.errors import ModelError, NssError
 from nss.model import Classifier, device_of, evaluating
+from nss.predict import answers_of
 from nss.routing import PLAIN, fit_mix
 from nss.wiring import Columns
 
@@ -43,7 +44,7 @@ def within_task(logits: Tensor, labels: Tensor, tasks: Tensor | None) -> Tensor:
 
 def told_answers(model: Classifier, logits: Tensor, labels: Tensor) -> Tensor:
     """Return the best class among those of the task that each label is of, int64 [n]."""
-    return within_task(logits, labels, tasks_of(model)).argmax(1)
+    return answers_of(within_task(logits, labels, tasks_of(model)))
 
 
 def parts_of(model: Classifier, data: Data) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
@@ -61,14 +62,15 @@ def features_of(model: Classifier, data: Data) -> Iterator[tuple[Tensor, Tensor]
         yield features, labels
 
 
-def check_classes(model: Classifier, labels: Tensor) -> None:
-    """Raise ModelError unless there are images of every class that an extended model's router has to tell apart."""
+def check_classes(model: Classifier, labels: Tensor, error: type[NssError] = ModelError, fix: str = "") -> None:
+    """Raise `error` unless there are images of every class that an extended model's router has to tell apart."""
     seen = labels.unique().tolist()
     if missing := [name for index, name in enumerate(model.spec.classes) if index not in seen]:
-        raise ModelError(
+        raise error(
             f"there is no image of {', '.join(missing)} to tell the tasks apart by",
             where="the data",
             allowed="images of every class that an extended model knows",
+            fix=fix,
         )
 
 

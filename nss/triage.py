@@ -17,7 +17,7 @@ from nss.data import Data, Dataset
 from nss.errors import ModelError, ParamsError
 from nss.features import penultimate_features
 from nss.pooled import AccuracyTest, EnergyTest, accuracy_test, energy_test
-from nss.predict import predict
+from nss.predict import answers_of, predict
 from nss.samples import Samples, whole
 
 BUDGETS = ("parameters", "macs", "bytes", "latency_ms")
@@ -253,7 +253,7 @@ def _look_at(model: nn.Module, samples: Samples, settings: TriageSettings) -> Lo
         )
     shape = tuple(some.images.shape[1:])
     features = penultimate_features(model, some.images, input_shape=shape)
-    return Look(features, logits.argmax(1).eq(labels), labels)
+    return Look(features, answers_of(logits).eq(labels), labels)
 
 
 def _names(new: Data | None, classes: Sequence[str] | None) -> tuple[str, ...]:

@@ -52,6 +52,10 @@ class Adopted:
     source: str
     scores: Evaluation
     registered: Registered
+    normalisation: Normalisation
+    """that its images get"""
+    sizes: dict[str, int]
+    """parameters, macs for one image, bytes"""
 
 
 def adopt(
@@ -89,7 +93,8 @@ def adopt(
         if pin and pin.model != candidate.digest:
             restore(workspace, registry)
         version = _registered(workspace, params, tracker, candidate)
-        return Adopted(origin, scores, _promote(workspace, params, tracker, candidate, version, forced, reason))
+        done = _promote(workspace, params, tracker, candidate, version, forced, reason)
+        return Adopted(origin, scores, done, (model.spec.mean, model.spec.std), candidate.sizes)
 
 
 @dataclass(frozen=True)

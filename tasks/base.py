@@ -11,7 +11,7 @@ from nss.base import Epoch, train
 from nss.data import Dataset, load_data
 from nss.files import replacing, write_json
 from nss.model import Classifier, build_model, on_device, save_model
-from nss.predict import predict
+from nss.predict import answers_of, predict
 from nss.size import count_parameters
 from tasks.champion import Champion, copy_model, load_champion, read_champion
 from tasks.params import BaseParams
@@ -93,7 +93,7 @@ def _scores(model: Classifier, data: Dataset) -> tuple[float, float]:
     if not len(data):
         return float("nan"), float("nan")
     logits, labels = predict(model, data)
-    return float(F.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).double().mean())
+    return float(F.cross_entropy(logits, labels)), float((answers_of(logits) == labels).double().mean())
 
 
 def _write(folder: Path, model: Classifier, data: Dataset, history: Sequence[Epoch]) -> None:

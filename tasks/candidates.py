@@ -13,7 +13,7 @@ from nss.compare import Comparison, compare_answers
 from nss.data import Dataset
 from nss.evaluate import Evaluation, confusion_of
 from nss.model import Classifier, model_digest
-from nss.predict import predict
+from nss.predict import answers_of, predict
 from nss.told import told_answers
 from tasks.sizes import sizes_of
 
@@ -47,7 +47,7 @@ class Answers:
         rows, names = self._is_known, self.model.spec.classes
         if not bool(rows.any()):
             return None
-        return Evaluation(names, confusion_of(self.logits[rows].argmax(1), self.labels[rows], len(names)))
+        return Evaluation(names, confusion_of(answers_of(self.logits[rows]), self.labels[rows], len(names)))
 
     @property
     def told_accuracy(self) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,19 @@ from tasks.workspace import Workspace
 
 
 def add(
-    workspace: Workspace, source: str, *, new_classes: bool = False, resize: tuple[int, int] | None = None
+    workspace: Workspace,
+    source: str,
+    *,
+    new_classes: bool = False,
+    resize: tuple[int, int] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Added:
-    """Add a source as one batch and commit data.dvc.
+    """Add a source as one batch and commit data.dvc. See `nss.ingest.add_batch` for what may be said of it.
 
     Raises DataError with all problems, BusyError while a cycle or a stage runs, and StageError for what DVC or git is
     in the way of; then nothing has changed.
     """
-    (done,) = add_all(workspace, [source], new_classes=new_classes, resize=resize)
+    (done,) = add_all(workspace, [source], new_classes=new_classes, resize=resize, classes=classes)
     if isinstance(done, DataError):
         raise done
     return done
@@ -38,6 +43,7 @@ def add_all(
     *,
     new_classes: bool = False,
     resize: tuple[int, int] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> list[Added | DataError]:
     """Add each source as one batch, and commit data.dvc once. Returns for each what was done, or what is wrong with it.
 
@@ -45,10 +51,11 @@ def add_all(
     StageError when data.dvc cannot be written; then nothing has changed.
     """
     done: list[Added | DataError] = []
+    allowed: dict[str, Any] = {"new_classes": new_classes, "resize": resize, "classes": classes}
     with _changing(workspace) as pipeline:
         for source in sources:
             try:
-                done.append(add_batch(workspace.data, source, new_classes=new_classes, resize=resize))
+                done.append(add_batch(workspace.data, source, **allowed))
             except DataError as error:
                 if Path(error.where).is_relative_to(workspace.data):
                     raise

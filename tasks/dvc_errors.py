@@ -14,14 +14,17 @@ from dvc.exceptions import DvcException, NotDvcRepoError
 from dvc.lock import LockError
 from dvc.stage.exceptions import StageCmdFailedError
 
-from nss.errors import BusyError, NssError, StageError
+from nss.errors import BusyError, CrashError, NssError, StageError
 
 _HOLDER = re.compile(r"\(PID (\d+)\): (.*)")
 # Files that branches have in common and DVC reads.
-_MERGED = ("dvc.yaml", "dvc.lock", "data.dvc", "champion.dvc")
+_MERGED = ("dvc.yaml", "dvc.lock", "data.dvc", "champion.dvc", "nss-code.yaml")
 _CONFLICT = "<<<<<<<"
 # Exit codes of a stage that Ctrl-C ended: its own, and the signal itself.
 _INTERRUPTED = ("130", "-2")
+# Of a stage that said itself what is wrong: a mistake, or somebody else at work.
+_SAID = ("2", "75")
+_KILLED = ("137", "-9")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = ("No space left on device", "Disk quota exceeded", "disk is full", "File too large")
 
@@ -116,8 +119,11 @@ def failure(name: str, message: str, log: Path) -> BaseException:
         return KeyboardInterrupt()
     printed = log.read_text(encoding="utf-8", errors="replace").strip() if log.exists() else ""
     tail = "\n".join(f"  | {line}" for line in printed.splitlines()[-30:])
-    return StageError(
+    kind = StageError if code in _SAID else CrashError
+    again = f"then run again; finished stages are kept (`dvc repro {name}` prints everything)"
+    killed = f"it was killed, mostly for lack of memory: take smaller batches, {again}"
+    return kind(
         f"the stage '{name}' failed with exit code {code}" + (f"\n{tail}" if tail else ""),
         where=f"dvc.yaml, stage {name}",
-        fix=f"mend what it says, then run again; finished stages are kept (`dvc repro {name}` prints everything)",
+        fix=killed if code in _KILLED else f"mend what it says, {again}",
     )

@@ -13,7 +13,7 @@ from nss.extend import ExtendReport, extend
 from nss.extend_report import NOBODY, Told, judge_answers
 from nss.files import replacing, write_json
 from nss.model import Classifier, model_digest, save_model
-from nss.predict import predict
+from nss.predict import answers_of, predict
 from nss.profile import Profile
 from nss.slice import SemanticSlices
 from tasks.batches import known_and_new, with_new_classes
@@ -104,7 +104,7 @@ def _judge(model: Classifier, held_out: Dataset, known: int) -> tuple[Told, list
         return NOBODY, []
     logits, labels = predict(model, held_out)
     within = labels < logits.shape[1]
-    confusion = confusion_of(logits.argmax(1), labels, len(held_out.classes))
+    confusion = confusion_of(answers_of(logits), labels, len(held_out.classes))
     return judge_answers(model, logits[within], labels[within], known), confusion_rows(confusion, held_out.classes)
 
 

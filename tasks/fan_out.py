@@ -44,7 +44,7 @@ def _runner(params: ProfileParams) -> TaskRunner[Any]:
         raise NssError(
             "a Dask cluster is named, but prefect-dask is not installed",
             where="profile.dask",
-            fix="pip install 'nss[dask]', or set profile.dask to null",
+            fix="pip install prefect-dask, or set profile.dask to null",
         ) from None
     try:
         # Asked first: an OSError of the flow would leave open whether the scheduler or a shard's file was missing.

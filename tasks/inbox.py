@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from nss.errors import DataError
@@ -23,6 +23,9 @@ from tasks.workspace import Workspace
 DONE, REJECTED = ".done", ".rejected"
 # How many times the settling time something settled waits for others that are still being copied.
 _PATIENCE = 10
+# Of a name in bytes: what file systems take, less what may follow it, as "-9999.problems.txt".
+_LONGEST = 255 - 18
+_LONGEST_ENDING = 20
 
 Print = tuple[tuple[str, int, int, int], ...]
 
@@ -48,11 +51,15 @@ class Refused:
 
 @dataclass(frozen=True)
 class Taken:
-    """What became of the entries that were taken, and the version of data/ after it."""
+    """What became of the entries that were taken, and the version of data/ after it.
+
+    stuck: of each entry that could not be moved out of the inbox, what was in the way.
+    """
 
     arrived: tuple[Arrived, ...]
     refused: tuple[Refused, ...]
     data_md5: str
+    stuck: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, ready for JSON."""
@@ -106,47 +113,72 @@ def take(
 ) -> Taken:
     """Add entries of an inbox to data/ as one version, then move each to .done/ or, with its problems, .rejected/.
 
-    One that is another when it has been read, or gone, is neither: somebody wrote to it, or took it, meanwhile.
+    One that is another when it has been read, or gone, is neither: somebody wrote to it, or took it, meanwhile. One
+    that cannot be moved is stuck: its batch is in, and it is found again; as arrived it counts the first time.
 
     Raises BusyError while a cycle or a stage runs, DataError when data/ itself cannot be used, and StageError when
     data.dvc cannot be written; then every entry stays.
     """
-    arrived, refused = [], []
+    arrived, refused, stuck = [], [], []
     prints = [_print(entry) for entry in entries]
     added = add_all(workspace, entries, new_classes=new_classes, resize=resize)
     for entry, before, done in zip(entries, prints, added, strict=True):
         if not before or _print(entry) != before:
             continue
-        if isinstance(done, Added):
-            _move(entry, entry.parent / DONE, f"{datetime.now():%Y%m%d-%H%M%S}-{entry.name}")
+        place, problem = _put_away(entry, done)
+        if not place:
+            stuck.append(f"{entry.name}: {problem}")
+        if isinstance(done, DataError):
+            refused += [Refused(entry.name, _problems(done), str(place))] if place else []
+        elif place or not done.already_present:
             arrived.append(Arrived(entry.name, done.digest, done.images, done.already_present))
-        else:
-            refused.append(_refuse(entry, done))
-    return Taken(tuple(arrived), tuple(refused), data_md5(workspace))
+    return Taken(tuple(arrived), tuple(refused), data_md5(workspace), tuple(stuck))
 
 
-def _refuse(entry: Path, error: DataError) -> Refused:
-    problems = error.problems or (error.what,)
-    text = "\n".join([*problems, *([f"fix: {error.fix}"] if not error.problems and error.fix else [])])
-    return Refused(entry.name, problems, str(_move(entry, entry.parent / REJECTED, entry.name, f"{text}\n")))
+def _put_away(entry: Path, done: Added | DataError) -> tuple[Path | None, str]:
+    """Return where the entry lies now, or None and what was in the way."""
+    try:
+        if isinstance(done, Added):
+            return _move(entry, entry.parent / DONE, f"{datetime.now():%Y%m%d-%H%M%S}-{entry.name}"), ""
+        fix = [f"fix: {done.fix}"] if not done.problems and done.fix else []
+        text = "\n".join([*_problems(done), *fix])
+        return _move(entry, entry.parent / REJECTED, entry.name, f"{text}\n"), ""
+    except OSError as problem:
+        return None, problem.strerror or str(problem)
+
+
+def _problems(error: DataError) -> tuple[str, ...]:
+    return error.problems or (error.what,)
 
 
 def _move(entry: Path, folder: Path, name: str, problems: str = "") -> Path:
     """Rename the entry into the folder, under a further name when that one is taken; its problems are there first."""
-    try:
-        folder.mkdir(exist_ok=True)
-        place, number = folder / name, 2
-        while os.path.lexists(place):
-            place, number = folder / f"{name}-{number}", number + 1
-        if problems:
-            place.with_name(f"{place.name}.problems.txt").write_text(problems, encoding="utf-8")
-        return entry.rename(place)
-    except OSError as problem:
-        raise DataError(
-            f"the inbox cannot be written ({problem.strerror})",
-            where=str(entry.parent),
-            fix="let nss move entries within it; until then they are found again, and not added twice",
-        ) from None
+    folder.mkdir(exist_ok=True)
+    name = _fitting(name)
+    place, number = folder / name, 2
+    while os.path.lexists(place):
+        place, number = folder / f"{name}-{number}", number + 1
+    if problems:
+        place.with_name(f"{place.name}.problems.txt").write_text(printable(problems), encoding="utf-8")
+    return entry.rename(place)
+
+
+def _fitting(name: str) -> str:
+    """Cut a name that is too long in front of its ending, which says what it is when it is moved back."""
+    encoded, ending = os.fsencode(name), os.fsencode(PurePath(name).suffix)
+    if len(encoded) <= _LONGEST:
+        return name
+    ending = ending if len(ending) <= _LONGEST_ENDING else b""
+    return (encoded[: _LONGEST - len(ending)] + ending).decode(errors="ignore")
+
+
+def printable(text: str) -> str:
+    r"""Return a text that any UTF-8 output takes: a name on the disk may hold bytes that are no text.
+
+    >>> print(printable("caf\udce9"))
+    caf\udce9
+    """
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _entries(folder: Path) -> Iterator[Path]:

@@ -22,6 +22,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from pydantic import ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from nss.errors import StageError, first_line
 from nss.files import replacing, write_json
@@ -200,17 +201,26 @@ def code_digests(workspace: Workspace) -> dict[str, str]:
 def refresh_code(workspace: Workspace) -> tuple[str, ...]:
     """Bring nss-code.yaml up to date with the code that there is. Returns the stages whose code is another one now.
 
-    Nothing happens where the stages list their files themselves, as in nss's own repository.
+    Nothing happens where the stages list their files themselves, as in nss's own repository. A file that cannot be
+    read, as after a merge with a conflict in it, is written anew: all that it holds is computed.
     """
     path = workspace.root / CODE
     if not path.is_file():
         return ()
-    recorded = YAML(typ="safe").load(path.read_text(encoding="utf-8")) or {}
+    recorded = _recorded(path)
     current = code_digests(workspace)
     changed = tuple(verb for verb, digest in current.items() if recorded.get(verb) != digest)
     if changed:
         _write(path, _CODE_HEADER + _yaml(current))
     return changed
+
+
+def _recorded(path: Path) -> Mapping[str, Any]:
+    try:
+        content = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except (YAMLError, ValueError):
+        return {}
+    return content if isinstance(content, Mapping) else {}
 
 
 def _template() -> Path:

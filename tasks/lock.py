@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import psutil
 from filelock import FileLock, Timeout
 
-from nss.errors import BusyError
+from nss.errors import BusyError, StageError, first_line
 from tasks.workspace import Workspace
 
 
@@ -21,37 +24,65 @@ def exclusive(workspace: Workspace, *, wait_s: float = 0, what: str = "work") ->
     what: "work", what cycles and arrivals hold; or another name.
     wait_s: how long to wait for somebody else.
 
-    Raises BusyError when somebody else still holds it then.
+    Raises BusyError when somebody else still holds it then, StageError when this user may not write it.
 
     >>> with exclusive(find_workspace()):  # doctest: +SKIP
     ...     pass
     """
-    path = workspace.root / ".dvc" / "tmp" / f"nss-{what}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    holder = path.with_suffix(".pid")
+    path = _path(workspace, what)
     lock = FileLock(path, timeout=wait_s)
     try:
+        _acquire(lock, path)
+        yield
+    finally:
+        lock.release()
+
+
+def is_held(workspace: Workspace, what: str = "work") -> bool | Literal["unknown"]:
+    """Say whether somebody holds that lock; "unknown", which counts as yes, where this user may not even read it.
+
+    Nothing is written, and nobody else who looks is in the way.
+    """
+    try:
+        file = os.open(_path(workspace, what), os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return "unknown"
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:
+        return "unknown"
+    finally:
+        os.close(file)
+    return False
+
+
+def _path(workspace: Workspace, what: str) -> Path:
+    return workspace.root / ".dvc" / "tmp" / f"nss-{what}.lock"
+
+
+def _acquire(lock: FileLock, path: Path) -> None:
+    holder = path.with_suffix(".pid")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+        holder.write_text(str(os.getpid()), encoding="utf-8")
     except Timeout:
         raise BusyError(
             f"{_name(holder)} is at work in this workspace",
             where=str(path),
             fix="wait until it has ended, or stop it; `nss status` says what runs",
         ) from None
-    try:
-        holder.write_text(str(os.getpid()), encoding="utf-8")
-        yield
-    finally:
-        lock.release()
-
-
-def is_held(workspace: Workspace, what: str = "work") -> bool:
-    """Say whether somebody holds that lock."""
-    try:
-        with exclusive(workspace, what=what):
-            return False
-    except BusyError:
-        return True
+    except OSError as error:
+        raise StageError(
+            f"the workspace cannot be locked ({error.strerror or first_line(error)})",
+            where=str(error.filename or path),
+            fix=f"let this user write to {path.parent}; what root left in the workspace is given back by "
+            f'`sudo chown -R "$USER" {shlex.quote(str(path.parents[2]))}`',
+        ) from error
 
 
 def _name(holder: Path) -> str:

@@ -57,7 +57,10 @@ def _is_own(root: Path, place: Path) -> bool:
 
 
 def _files(place: Path) -> Iterable[Path]:
-    return place.rglob("*.py") if place.is_dir() else [place]
+    if not place.is_dir():
+        return [place]
+    # Editors put files of their own beside the one that is open, such as Emacs' link .#net.py, which leads nowhere.
+    return (path for path in place.rglob("*.py") if path.is_file() and not path.name.startswith("."))
 
 
 def _version(name: str) -> str:

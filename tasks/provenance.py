@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from nss.errors import StageError
+from nss.files import text_digest
 from tasks.dvc_errors import conflict
 from tasks.pipeline import StageKey
 from tasks.processes import process_id
@@ -21,7 +23,11 @@ PROCESS = "nss.process"
 DATA_MD5 = "nss.data_md5"
 """The tag that names the version of data/ which a run works on."""
 
+WORKSPACE = "nss.workspace"
+"""The tag that names the workspace of a cycle, see `workspace_id`."""
+
 _UNKNOWN = "unknown"
+_SHORT = 12
 
 
 def provenance_tags(workspace: Workspace, key: StageKey | None = None) -> dict[str, str]:
@@ -36,6 +42,16 @@ def provenance_tags(workspace: Workspace, key: StageKey | None = None) -> dict[s
     if experiment := os.environ.get("DVC_EXP_NAME"):
         tags["nss.dvc_experiment"] = experiment
     return tags
+
+
+def workspace_id(workspace: Workspace) -> str:
+    """Return what tells the workspaces apart that share a tracking store: a digest of the host's name and the folder.
+
+    >>> workspace_id(find_workspace())  # doctest: +SKIP
+    '5f0c1e8a9b7d'
+    """
+    # As an address: a folder may have a name that is no text.
+    return text_digest(f"{socket.gethostname()}:{workspace.root.resolve().as_uri()}")[:_SHORT]
 
 
 def data_md5(workspace: Workspace) -> str:

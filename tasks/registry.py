@@ -15,9 +15,9 @@ from mlflow.exceptions import MlflowException
 from requests import RequestException
 from sqlalchemy.exc import SQLAlchemyError
 
-from nss.errors import StageError, first_line
+from nss.errors import StageError
 from nss.files import text_digest
-from tasks.tracking import Tracker, shown_uri
+from tasks.tracking import Tracker, shown_uri, told
 
 CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
 _FIGURES, _LOGGED = "nss.figures", "nss.logged_model"
@@ -173,10 +173,8 @@ def store_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except STORE_ERRORS as error:
-        # Some of them repeat the address.
-        reason = first_line(error).replace(uri.rstrip("/"), shown_uri(uri).rstrip("/"))
         raise StageError(
-            f"the tracking store does not answer as it should ({reason})",
+            f"the tracking store does not answer as it should ({told(error, uri)})",
             where=shown_uri(uri),
             fix="start it, or see MLFLOW_TRACKING_URI; then run the command again",
         ) from error

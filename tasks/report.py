@@ -13,7 +13,6 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from nss.errors import first_line
 from nss.files import replacing
 from tasks.card import model_card
 from tasks.provenance import provenance_tags
@@ -21,7 +20,7 @@ from tasks.reading import read_csv
 from tasks.report_facts import Facts, read_facts
 from tasks.report_pictures import cycle_pictures, examples
 from tasks.report_runs import Runs, find_runs, runs_of
-from tasks.tracking import Tracker, open_tracker
+from tasks.tracking import Tracker, open_tracker, told, tracking_uri
 from tasks.workspace import Workspace
 
 PAGE = "report/index.html"
@@ -70,7 +69,8 @@ def log_cycle(root: str, run_id: str, version_run_id: str = "", verb: str = "") 
         if verb:
             log_card(tracker, version_run_id, workspace, verb)
     except Exception as error:
-        sys.stderr.write(f"warning: no report in MLflow ({first_line(error)}); `nss report` writes it\n")
+        reason = told(error, tracking_uri(workspace))
+        sys.stderr.write(f"warning: no report in MLflow ({reason}); `nss report` writes it\n")
         return 1
     return 0
 

@@ -23,6 +23,8 @@ _TABLES = {
     "kept.csv": ("layer", "kept", "total"),
     "change.csv": ("class", "before", "after"),
 }
+# What triage calls what restructure.budget names.
+_BUDGETS = {"macs": "macs", "params": "parameters", "latency_ms": "latency_ms"}
 
 
 def run(params: RestructureParams, workspace: Workspace) -> None:
@@ -47,7 +49,7 @@ def run(params: RestructureParams, workspace: Workspace) -> None:
             SemanticSlices.load(workspace.out("slice") / "slices.json"),
             data,
             Profile.load(workspace.out("profile") / "profile.safetensors"),
-            **{params.budget: params.target},
+            **{params.budget: _target(params, workspace)},
             cap=params.cap,
             multiple=params.multiple,
             fine_tune_steps=params.fine_tune_steps,
@@ -57,6 +59,18 @@ def run(params: RestructureParams, workspace: Workspace) -> None:
             seed=params.seed,
         )
         _write(part, found, why)
+
+
+def _target(params: RestructureParams, workspace: Workspace) -> float:
+    """Return what is to be left: no more than what the exceeded budget of triage allows, where it is of this kind."""
+    if params.when != "triage":
+        return params.target
+    evidence = read_json(workspace.out("triage") / "restructure.json", StageError)["evidence"]
+    budget = evidence.get(_BUDGETS.get(params.budget, ""))
+    if budget is None:
+        return params.target
+    is_share = params.budget != "latency_ms"
+    return min(params.target, budget["allowed"] / budget["found"] if is_share else budget["allowed"])
 
 
 def _write(folder: Path, found: Restructured, why: str) -> None:

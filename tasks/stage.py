@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from nss.errors import NssError, StageError
+from nss.errors import NssError, StageError, first_line
 from tasks.garbage import collect_as_usual
 from tasks.params import STAGES, Params, load_params
 from tasks.pipeline import LOG, RECEIPT, Pipeline, StageKey, full_disk
@@ -97,8 +97,17 @@ class Record:
         try:
             action()
         except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            _say(f"warning: not logged to MLflow ({reason[0]}); the next `nss run` makes up for it")
+            reason = _reason(error, self.stage[0])
+            _say(f"warning: not logged to MLflow ({reason}); the next `nss run` makes up for it")
+
+
+def _reason(error: Exception, workspace: Workspace) -> str:
+    if isinstance(error, ImportError):
+        # It may be the import of the very module that hides passwords.
+        return first_line(error)
+    from tasks.tracking import told, tracking_uri
+
+    return told(error, tracking_uri(workspace))
 
 
 def _work(workspace: Workspace, params: Params, verb: str, key: StageKey) -> None:

@@ -32,7 +32,7 @@ from mlflow.utils.rest_utils import http_request
 from sqlalchemy import Connection, create_engine, inspect, text
 from sqlalchemy.pool import NullPool
 
-from nss.errors import StageError
+from nss.errors import StageError, first_line
 from nss.files import replacing
 from tasks.workspace import Workspace
 
@@ -216,15 +216,29 @@ def shown_uri(uri: str) -> str:
     return _PASSWORD.sub(lambda found: f"{found[1]}***@" if found[1] else f"{found[2]}***", uri)
 
 
-def open_tracker(workspace: Workspace, experiment: str = EXPERIMENT) -> Tracker:
+def told(error: BaseException, uri: str) -> str:
+    """Return the first line of an error of the store at `uri`, without the password: the clients repeat the address.
+
+    >>> told(OSError("no answer from http://me:secret@host/api"), "http://me:secret@host")
+    'no answer from http://me:***@host/api'
+    """
+    line = first_line(error).replace(uri.rstrip("/"), shown_uri(uri).rstrip("/"))
+    # What lies below the store's address may be spelled in another way than the user's.
+    return " ".join(shown_uri(word) for word in line.split(" "))
+
+
+def open_tracker(workspace: Workspace, experiment: str = "") -> Tracker:
     """Connect to the workspace's tracking store, creating it when it is a database that does not exist yet.
+
+    experiment: by default MLFLOW_EXPERIMENT_NAME, or `EXPERIMENT`.
 
     Raises mlflow's own exceptions when the store cannot be reached, StageError when its address is none.
     """
     artifacts = workspace.store / "artifacts"
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         follow(workspace.store / "tracking.db", artifacts)
-    return Tracker(tracking_uri(workspace), artifacts, experiment, workspace.packages)
+    name = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    return Tracker(tracking_uri(workspace), artifacts, name, workspace.packages)
 
 
 def require_answer(uri: str) -> None:

@@ -90,7 +90,7 @@ def test_a_stage_that_fails_twice_leaves_one_finished_run(copy) -> None:
 
 def test_a_failing_stage_ends_with_its_message_and_failed_runs(copy) -> None:
     copy.edit("tasks/evaluate.py", EVALUATE, '    raise RuntimeError("the pump is broken")\n')
-    ended = copy.nss_run(code=2)
+    ended = copy.nss_run(code=1)
     assert "the stage 'evaluate' failed with exit code 1" in ended.err
     assert "RuntimeError: the pump is broken" in ended.err
     assert ended.err.count("Traceback") == 1, "the stage's own traceback, and none of ours"

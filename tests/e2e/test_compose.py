@@ -35,6 +35,11 @@ FULL = {
 }
 
 
+def filled(text: str, **env: str) -> str:
+    """What Compose makes of ${NAME:-default}."""
+    return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda found: env.get(found[1]) or found[2], text)
+
+
 def test_there_are_the_stores_the_servers_and_a_worker() -> None:
     assert SERVICES.keys() == {"postgres", "store", "bucket", "mlflow", "prefect", "worker"}
 
@@ -101,7 +106,7 @@ def test_images_are_built_by_targets_that_there_are() -> None:
 
 
 def test_what_is_kept_is_in_volumes_and_what_is_mounted_exists() -> None:
-    mounts = [mount.split(":") for service in SERVICES.values() for mount in service.get("volumes", [])]
+    mounts = [filled(mount).split(":") for service in SERVICES.values() for mount in service.get("volumes", [])]
     names = {source for source, *_ in mounts if not source.startswith(".")}
     assert names == CONTENT["volumes"].keys() == {"postgres", "store"}
     assert all((FOLDER / source).exists() for source, *_ in mounts if source.startswith("."))
@@ -122,7 +127,20 @@ def test_the_worker_asks_the_servers_by_their_names_and_works_in_the_repository(
     worker = SERVICES["worker"]
     assert worker["environment"]["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
     assert worker["environment"]["PREFECT_API_URL"] == "http://prefect:4200/api"
-    assert f"..:{worker['working_dir']}" in worker["volumes"]
+    assert [filled(mount) for mount in worker["volumes"]] == [f"..:{worker['working_dir']}"]
+    assert [filled(mount, NSS_WORKSPACE="/srv/pets") for mount in worker["volumes"]] == ["/srv/pets:/repository"]
+
+
+@pytest.mark.parametrize("options", ["", "--resize 64x64 --new-classes"])
+def test_the_worker_serves_with_the_options_that_it_is_given(tmp_path: Path, options: str) -> None:
+    (tmp_path / "nss").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "nss").chmod(0o755)
+    # Compose writes $ for $$.
+    command = [word.replace("$$", "$") for word in SERVICES["worker"]["command"]]
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    env["NSS_SERVE"] = filled(SERVICES["worker"]["environment"]["NSS_SERVE"], NSS_SERVE=options)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["serve", *options.split()]
 
 
 def test_mlflow_answers_by_its_service_name_and_its_published_port_and_nobody_else(tmp_path: Path) -> None:

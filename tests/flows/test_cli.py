@@ -5,13 +5,14 @@ import os
 import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
-from nss.errors import BusyError, DataError, ParamsError
+from nss.errors import BusyError, CrashError, DataError, ParamsError, StageError
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "mlflow", "prefect", "dvc", "matplotlib", "sklearn", "nss")
@@ -155,7 +156,14 @@ def test_an_unknown_stage_names_those_there_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(DataError("bad", ["one", "two"]), 2), (ParamsError("bad"), 2), (BusyError("in use"), 75)]
+    ("error", "code"),
+    [
+        (DataError("bad", ["one", "two"]), 2),
+        (ParamsError("bad"), 2),
+        (StageError("bad"), 2),
+        (CrashError("it broke"), 1),
+        (BusyError("in use"), 75),
+    ],
 )
 def test_errors_of_ours_are_a_message_and_a_code(error: Exception, code: int, monkeypatch, capsys) -> None:
     from flows import cli
@@ -224,6 +232,36 @@ def test_a_batch_is_added_and_committed_in_one_go(workspace: Path, make_folder) 
     assert json.loads(nss("data", "status", "--json", cwd=workspace).stdout)["committed"] is True
     text = nss("data", "status", cwd=workspace).stdout
     assert "2 classes, images 3 x 4 x 4" in text or "2 classes, images 1 x 4 x 4" in text
+
+
+def test_the_order_of_classes_is_that_of_a_file(workspace: Path, make_folder) -> None:
+    (workspace / "data.dvc").unlink()
+    photos, names = make_folder(workspace.parent / "photos", each=3), workspace.parent / "names.txt"
+    names.write_text("dog\n\n  cat \n")
+    done = nss("data", "add", str(photos), "--classes", str(names), cwd=workspace)
+    assert done.returncode == 0, done.stderr
+    assert list(json.loads(nss("data", "status", "--json", cwd=workspace).stdout)["classes"]) == ["dog", "cat"]
+    # The second time there is an order.
+    again = nss("data", "add", str(photos), "--classes", str(names), cwd=workspace)
+    assert again.returncode == 2
+    assert "the data set has one already" in again.stderr
+
+
+@pytest.mark.parametrize(("content", "why"), [(None, "does not exist"), (b"\xff\xfe\x00", "cannot be read as text")])
+def test_a_file_of_classes_that_cannot_be_read_is_a_mistake(
+    workspace: Path, make_folder, content: bytes | None, why: str
+) -> None:
+    names = workspace.parent / "names.txt"
+    if content is not None:
+        names.write_bytes(content)
+    done = nss("data", "add", str(make_folder(workspace.parent / "photos")), "--classes", str(names), cwd=workspace)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert why in " ".join(done.stderr.split())
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    done = nss("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"nss {version('nss')}\n", "")
 
 
 def test_bad_input_lists_everything_and_changes_nothing(workspace: Path, make_folder, save_picture) -> None:

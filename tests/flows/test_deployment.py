@@ -1,7 +1,9 @@
-"""Whose a deployment is: two workspaces with one name on one Prefect server."""
+"""Which deployment is used, two workspaces having one name on one Prefect server, and which of its runs has worked."""
 
 from __future__ import annotations
 
+import asyncio
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,11 +14,13 @@ from uuid import uuid4
 import pytest
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Completed
+from prefect.states import Completed, State, exception_to_failed_state
+from prefect.types import WITHOUT_BANNED_CHARACTERS
 
-from flows.deployment import Deployment, Version
+from flows.deployment import MADE, Cover, Deployment, Version, cover, require_name
 from flows.watch import There, Watcher, Watching
-from nss.errors import NssError
+from nss.errors import BusyError, NssError, StageError
+from tasks.lock import exclusive
 from tasks.workspace import Workspace
 
 URL = "http://prefect.example:4200/api"
@@ -73,16 +77,16 @@ def digits(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        Deployment.find,
-        Deployment.runs,
-        Deployment.reap,
-        Deployment.sweep,
-        lambda deployment: deployment.make_run(VERSION),
-    ],
-)
+USES = [
+    Deployment.find,
+    Deployment.runs,
+    Deployment.reap,
+    Deployment.sweep,
+    lambda deployment: deployment.make_run(VERSION),
+]
+
+
+@pytest.mark.parametrize("use", USES)
 def test_the_deployment_of_another_workspace_is_refused_and_its_owner_named(
     serve, digits: Path, use: Callable[[Deployment], Any]
 ) -> None:
@@ -121,3 +125,55 @@ def test_data_is_not_taken_for_maintained_because_another_workspaces_deployment_
         watcher.step()
     assert (digits / "inbox" / "monday.npz").exists()
     assert (server.used, said) == ([], [])
+
+
+@pytest.mark.parametrize("use", [*USES, lambda deployment: deployment.emit(VERSION, MADE)])
+def test_a_name_that_prefect_refuses_is_said_before_the_server_is_asked(
+    serve, digits: Path, use: Callable[[Deployment], Any]
+) -> None:
+    server = serve(str(digits))
+    with pytest.raises(NssError) as caught:
+        use(Deployment("R&D", digits))
+    assert str(caught.value) == (
+        "no deployment can be called 'R&D'\n"
+        "  where: --name\n"
+        "  allowed: characters that can be printed, but for / % & > < ? #\n"
+        "  fix: name another one with --name NAME; by default it is called as the workspace's folder"
+    )
+    assert server.used == []
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "50%", "a>b", "<a", "what?", "a#1", "a\nb", "\udcff"])
+def test_what_is_no_name_of_a_deployment(name: str) -> None:
+    with pytest.raises(NssError, match="no deployment can be called"):
+        require_name(name)
+
+
+@pytest.mark.parametrize("name", ["digits", "kätzchen ü", "a:b@c", "v1.0", "it's", "a\\b", "(1)"])
+def test_what_prefect_takes_for_a_name_is_one(name: str) -> None:
+    assert re.match(WITHOUT_BANNED_CHARACTERS, name)
+    require_name(name)
+
+
+def failed(error: Exception) -> State:
+    """The state in which the flow engine ends a run that raised this."""
+    return asyncio.run(exception_to_failed_state(error, message="Flow run encountered an exception:"))
+
+
+def ended(state: State) -> FlowRun:
+    noon = VERSION.committed
+    return FlowRun(id=uuid4(), flow_id=uuid4(), state=state, state_type=state.type, start_time=noon)
+
+
+def test_a_run_that_found_the_workspace_busy_covers_nothing(tmp_path: Path) -> None:
+    with exclusive(Workspace(tmp_path)), pytest.raises(BusyError) as busy, exclusive(Workspace(tmp_path)):
+        pytest.fail("two at once")
+    state = failed(busy.value)
+    assert state.message.startswith("Flow run encountered an exception: BusyError: process ")
+    assert cover(VERSION, [ended(state)]) is Cover.WANTED
+
+
+def test_a_stage_that_printed_of_somebody_at_work_has_worked() -> None:
+    state = failed(StageError("the stage 'base' failed with exit code 1\n  | own_net.BusyError: the camera"))
+    assert "BusyError" in state.message
+    assert cover(VERSION, [ended(state)]) is Cover.DONE

@@ -154,6 +154,24 @@ def test_a_service_that_waits_for_its_server_ends_on_sigterm(monkeypatch) -> Non
     assert stop.is_set()
 
 
+def test_a_service_whose_log_is_full_serves_all_the_same(folder: Path, monkeypatch) -> None:
+    ran: list[str] = []
+
+    def full(_: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    def runner(name: str, _: object) -> Stand:
+        ran.append(name)
+        return Stand(None)
+
+    monkeypatch.setattr(module, "_runner", runner)
+    monkeypatch.setattr(Deployment, "find", lambda _: None)
+    monkeypatch.setattr(Deployment, "sweep", lambda _: ["a run that was left over"])
+    with temporary_settings({PREFECT_API_URL: "http://prefect.example:4200/api"}):
+        module.serve(Workspace(folder), Serving("digits", Watching(folder / "inbox")), full)
+    assert ran == ["digits"]
+
+
 @contextmanager
 def handler_restored() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
@@ -205,9 +223,11 @@ def test_one_run_is_made_for_a_commit_of_a_version_and_again_only_when_it_was_cu
     assert deployment.make_run(version) == first
     server.end(Cancelled(message="limit"))
     assert deployment.make_run(version).id != first.id
+    server.end(Failed(message="Flow run encountered an exception: BusyError: process 7 is at work in this workspace"))
+    assert deployment.make_run(version).state_type is StateType.SCHEDULED
     server.end(Failed())
     assert deployment.make_run(version).state_type is StateType.FAILED
-    assert len(server.runs) == 2
+    assert len(server.runs) == 3
     # It was left, and has come back.
     assert deployment.make_run(Version("one.dir", NOON + timedelta(hours=2))).state_type is StateType.SCHEDULED
 

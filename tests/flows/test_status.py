@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ import pytest
 from flows import doctor, show
 from flows import status as module
 from flows.deployment import Deployment
-from flows.maintain import CycleReport
+from flows.maintain import CycleReport, _Cycle
 from nss.files import write_json
+from tasks.tracking import open_tracker
 from tasks.workspace import Workspace
 
 CYCLE = {
@@ -118,6 +120,29 @@ def test_whatever_is_wrong_with_the_tracking_store_the_rest_is_told(
     assert (content["last_cycle"], content["champion"]) == ({"error": words}, None)
 
 
+def test_of_two_workspaces_on_one_store_each_shows_its_own_last_cycle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "has_server", lambda: False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'tracking.db'}")
+    one, two = Workspace(tmp_path / "one"), Workspace(tmp_path / "two")
+    for each in (one, two):
+        write_json(each.pin, {"version": None})
+    tracker = open_tracker(one)
+    # As it was logged before runs named their workspace.
+    tracker.client.create_run(tracker.experiment_id, tags={"nss.kind": "cycle"})
+    assert [look(each)["last_cycle"] for each in (one, two)] == [None, None]
+    first = _Cycle(one)
+    first.end("FINISHED")
+    second = _Cycle(two)
+    assert second.run_id != first.run_id != ""
+    found = [look(each)["last_cycle"] for each in (one, two)]
+    assert [(each["run_id"], each["status"]) for each in found] == [
+        (first.run_id, "FINISHED"),
+        (second.run_id, "RUNNING"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("uri", "hint"),
     [
@@ -135,6 +160,11 @@ def test_what_is_in_the_inbox_is_named(workspace: Workspace) -> None:
     for name in ("b.npz", "a.npz", ".hidden"):
         (workspace.root / "inbox" / name).write_bytes(b"")
     assert "inbox       2 waiting: a.npz, b.npz" in module.text(look(workspace)).splitlines()
+
+
+def test_a_name_in_the_inbox_that_is_no_text_can_be_printed(workspace: Workspace) -> None:
+    (workspace.root / "inbox" / os.fsdecode(b"caf\xe9.npz")).write_bytes(b"")
+    assert "inbox       1 waiting: caf\\udce9.npz" in module.text(look(workspace)).splitlines()
 
 
 def test_doctor_tells_the_versions_of_the_packages() -> None:

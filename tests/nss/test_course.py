@@ -125,6 +125,15 @@ def test_a_step_sees_as_many_old_samples_as_new_ones_and_a_pass_every_new_one_on
         assert bool((torch.cat([first[5:], second[5:]]) >= 100).all())
 
 
+def test_a_step_reads_bytes_and_floats_on_one_scale() -> None:
+    new = Samples(torch.full((4, 1, 1, 1), 51, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
+    old = Samples(torch.full((5, 1, 1, 1), 0.4), torch.zeros(5, dtype=torch.int64))
+    model = Counting()
+    course = Course(model, new, NONE, None, Memory(old, torch.zeros(5, 2), 0.0), None, Settings(1, 4, 0.001, 0.0, 2))
+    course._step(torch.arange(4), torch.arange(4))
+    torch.testing.assert_close(model.seen[0], torch.tensor([0.2] * 4 + [0.4] * 4))
+
+
 def test_with_none_held_out_the_smallest_loss_on_all_new_samples_is_kept() -> None:
     """Both classes of one image pull against each other: every step away from the start is for the worse."""
     new = Samples(torch.ones(8, 1, 1, 1), torch.arange(8) % 2)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from nss.errors import ModelError, NssError
 from nss.evaluate import Evaluation, confusion_of, count_parameters, evaluate, evaluate_slices, predict
@@ -58,6 +59,18 @@ def test_confusion_counts_pairs() -> None:
     for label, answer in zip(labels.tolist(), answers.tolist(), strict=True):
         expected[label][answer] += 1
     assert confusion_of(answers, labels, 4).tolist() == expected
+
+
+def test_an_answer_that_is_not_finite_is_a_wrong_one_though_its_largest_logit_is_the_right_one(
+    networks: ModuleType,
+) -> None:
+    nan, inf = math.nan, math.inf
+    table = networks.Answers([[nan, 0, 0], [3.0, 0, 0], [0, inf, 0], [0, -inf, 1]])
+    found = evaluate(table, (networks.numbered(4), torch.tensor([0, 0, 1, 2])), classes=("a", "b", "c"))
+    # Of a, one is right; all others count as the class after their own.
+    assert found.confusion.tolist() == [[1, 1, 0], [0, 0, 1], [1, 0, 0]]
+    assert (found.images, found.accuracy) == (4, 1 / 4)
+    assert found.per_class == {"a": 0.5, "b": 0.0, "c": 0.0}
 
 
 def test_a_classifier_knows_its_classes_and_batches_make_no_difference(networks: ModuleType) -> None:
@@ -173,6 +186,30 @@ def test_one_slice_of_everything_has_no_false_positives_and_votes_as_it_is_told(
     found = evaluate_slices(slices_of((0, 1)), [model], (networks.numbered(3), labels))
     assert found.slices[0].false_positive_rate == 0.0
     assert found.vote_accuracy == found.told_accuracy == pytest.approx(2 / 3)
+
+
+def test_what_is_not_finite_is_wrong_in_a_slice_and_in_the_vote(networks: ModuleType) -> None:
+    # Images of a c c c; of slice 0, for a and b, the first and the last answer are broken, of slice 1 the middle two.
+    nan, inf, labels = math.nan, math.inf, torch.tensor([0, 2, 2, 2, 2])
+    first = networks.Answers([[nan, 0, 0], [0, 0, 1.0], [0, 0, 1], [0, 0, 1], [nan, nan, nan]])
+    second = networks.Answers([[0, 0, 0.1], [0, 0, inf], [0, -inf, 9], [0, 0, 9], [0, 0, 9]])
+    found = evaluate_slices(slices_of((0, 1), (2,)), [first, second], (networks.numbered(5), labels))
+    one, two = found.slices
+    assert (one.recall, one.recognised, one.false_positive_rate) == (0.0, 0.0, 0.0)
+    assert (two.recall, two.recognised, two.false_positive_rate) == (2 / 4, 2 / 4, 1.0)
+    assert found.told_accuracy == 2 / 5
+    assert found.vote_accuracy == 1 / 5
+
+
+def test_images_in_another_order_for_each_slice_are_refused(networks: ModuleType) -> None:
+    labels = torch.arange(8) % 2
+    models = [networks.Answers(logits_for([0, 1] * 4, [0.9] * 8, 2))] * 2
+    data = TensorDataset(networks.numbered(8), labels)
+    assert evaluate_slices(slices_of((0,), (1,)), models, DataLoader(data, batch_size=4)).vote_accuracy == 1.0
+    shuffled = DataLoader(data, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ModelError, match="in another order each time they are read") as caught:
+        evaluate_slices(slices_of((0,), (1,)), models, shuffled)
+    assert (caught.value.where, caught.value.fix) == ("data", "do not shuffle them")
 
 
 def test_the_slices_dictionary_is_plain_json(networks: ModuleType) -> None:

@@ -175,6 +175,20 @@ def test_both_files_say_what_they_take_and_answer(files: dict[str, Path], model:
     assert (said["factory"], said["model"]) == ("nss.zoo:lenet", model_digest(model))
 
 
+@pytest.mark.parametrize("suffix", RUN)
+def test_the_file_names_the_model_that_was_exported_masks_and_all(
+    suffix: str, model: Classifier, tmp_path: Path
+) -> None:
+    pruned, path = prune_weights(model, sparsity=0.5), tmp_path / f"model{suffix}"
+    EXPORT[suffix](pruned, path)
+    if suffix == ".pt2":
+        extra = {"nss": ""}
+        torch.export.load(path, extra_files=extra)
+    else:
+        extra = {each.key: each.value for each in onnx.load(path).metadata_props}
+    assert json.loads(extra["nss"])["model"] == model_digest(pruned)
+
+
 def test_onnx_holds_as_many_weights_as_the_cut_model(files: dict[str, Path], model: Classifier) -> None:
     arrays = [onnx.numpy_helper.to_array(each) for each in onnx.load(files[".onnx"]).graph.initializer]
     held = sum(array.size for array in arrays if array.dtype == "float32")
@@ -262,7 +276,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     error = refused(model, tmp_path / "model.onnx", ".onnx")
-    assert (f"package {package}," in error.what, error.fix) == (True, "pip install 'nss[export]'")
+    assert (f"package {package}," in error.what, error.fix) == (True, "pip install onnx onnxscript onnxruntime")
 
 
 def test_without_onnxruntime_nothing_can_be_checked(
@@ -306,7 +320,7 @@ def test_a_wrong_export_leaves_no_file_behind(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(export, MAKES[suffix], lambda twin: files[suffix].read_bytes())
+    monkeypatch.setattr(export, MAKES[suffix], lambda *_: files[suffix].read_bytes())
     path = tmp_path / f"model{suffix}"
     if there:
         path.write_bytes(b"before")
@@ -319,7 +333,7 @@ def test_a_wrong_export_leaves_no_file_behind(
 def test_an_export_that_takes_one_batch_size_only_is_noticed(
     model: Classifier, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def freeze(twin: Classifier) -> bytes:
+    def freeze(twin: Classifier, _: str) -> bytes:
         buffer = BytesIO()
         torch.export.save(torch.export.export(twin, (images[:7],)), buffer)
         return buffer.getvalue()

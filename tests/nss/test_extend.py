@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -241,6 +242,19 @@ def test_what_cannot_be_learned_is_refused(kit: Kit) -> None:
     for message, samples, arguments in cases:
         with pytest.raises(ExtendError, match=message):
             extend(ready, None, samples, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["float64", "bfloat16"])
+def test_another_precision_than_float32_is_refused_before_anything_is_done(kit: Kit, kind: str) -> None:
+    model, slices, ready, data = kit
+    new, old = named(data, data.classes, data.labels >= 2), named(data, ("ant", "bee"), data.labels < 2)
+    for given, of in ((model, slices), (ready, None)):
+        other = copy.deepcopy(given).to(getattr(torch, kind))
+        with pytest.raises(ExtendError, match=f"the model has weights in {kind}") as caught:
+            extend(other, of, new, old_data=old, share=1.0, epochs=1)
+        assert caught.value.where == "model"
+        assert "model.float()" in caught.value.fix
+        assert extend(other.float(), of, new, old_data=old, share=1.0, epochs=1).report.steps > 0
 
 
 def test_told_answers_are_the_best_of_the_own_task(kit: Kit) -> None:

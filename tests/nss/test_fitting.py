@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def test_everything_that_is_wrong_is_listed_at_once_and_nothing_changes(
         "cat/deep.png": "mode I;16",
         "cat/ink.jpg": "mode CMYK",
         "cat/glass.png": "mode RGBA with transparent pixels",
-        "cat/more": "a folder inside a class folder",
+        "cat/more": "a folder inside a class folder; allowed: CLASS/IMAGE, or train/CLASS/IMAGE and test/CLASS/IMAGE",
         "empty": "a class folder without images",
         "readme.txt": "outside the class folders",
         "dog/away.png": "leads out of the source",
@@ -220,8 +221,8 @@ def test_a_new_data_set_has_the_most_frequent_size_and_names_all_others(
     save_picture(source / "cat" / "a.png", 7, (5, 4))
     save_picture(source / "dog" / "b.png", 8, (4, 5))
     assert problems_of(tmp_path / "data", source) == (
-        "cat/a.png: the image is 5 x 4, those of the data set are 4 x 4 (height x width); or use resize",
-        "dog/b.png: the image is 4 x 5, those of the data set are 4 x 4 (height x width); or use resize",
+        "cat/a.png: the image is 5 x 4, those of the data set are 4 x 4 (height x width); or scale it (--resize)",
+        "dog/b.png: the image is 4 x 5, those of the data set are 4 x 4 (height x width); or scale it (--resize)",
     )
 
 
@@ -237,6 +238,18 @@ def test_resize_scales_bilinearly_what_has_another_size(
     np.testing.assert_array_equal(data.images[1], np.asarray(scaled).transpose(2, 0, 1))
     grey = np.asarray(Image.fromarray(picture(0)).resize((3, 4), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(data.images[0], [grey] * 3)
+
+
+def test_photographs_are_scaled_as_they_are_read(tmp_path: Path, save_picture: Make) -> None:
+    """Forty of them at their own size would take 80 MB of arrays."""
+    for seed in range(40):
+        save_picture(tmp_path / "in" / ("cat", "dog")[seed % 2] / f"{seed}.png", seed, (1000, 2000))
+    tracemalloc.start()
+    add_batch(tmp_path / "data", tmp_path / "in", resize=(8, 8))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert load_data(tmp_path / "data").image_shape == (1, 8, 8)
+    assert peak < 20e6
 
 
 def test_resize_to_another_size_than_the_data_set_has_is_refused(pets: Path, pictures: Path, problems_of: Make) -> None:

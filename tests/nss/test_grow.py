@@ -72,6 +72,17 @@ def test_the_original_is_left_as_it_was(kit: Kit) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_what_was_condensed_and_grown_changes_its_precision_alone(kit: Kit) -> None:
+    model, slices, found, data = kit
+    images = data.images[:3]
+    ready = condense(model, slices, data, profile=found)
+    before = [logits_of(each, images) for each in (model, ready)]
+    add_column(ready, ["cow"], 0.3, 0).double()
+    assert torch.equal(logits_of(ready, images), before[1])
+    ready.double()
+    assert torch.equal(logits_of(model, images), before[0])
+
+
 def test_statistics_are_of_the_training_images_by_class(kit: Kit) -> None:
     model, slices, found, data = kit
     ready = condense(model, slices, data, profile=found, share=0.5)

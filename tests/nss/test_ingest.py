@@ -197,6 +197,25 @@ def test_a_folder_with_train_and_test_keeps_that_split(tmp_path: Path, make_fold
     assert load_data(tmp_path / "data").classes == ("cat", "dog")
 
 
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_without_test_what_is_for_validation_is_held_out(tmp_path: Path, make_folder: Make, name: str) -> None:
+    make_folder(tmp_path / "in" / "train", each=20)
+    make_folder(tmp_path / "in" / name, each=5, seed=1000)
+    added = add_batch(tmp_path / "data", tmp_path / "in")
+    assert added.splits["test"] == 10
+    assert load_data(tmp_path / "data").classes == ("cat", "dog")
+
+
+def test_beside_train_and_test_validation_images_have_no_place(
+    tmp_path: Path, pets: Path, make_folder: Make, problems_of: Make
+) -> None:
+    for name in ("train", "test", "val"):
+        make_folder(tmp_path / "in" / name)
+    (found,) = problems_of(pets, tmp_path / "in")
+    hint = "validation images are chosen from train by their content: move these there"
+    assert found == f"val: an unknown split; allowed: train, test ({hint})"
+
+
 def test_a_third_split_is_unknown(tmp_path: Path, pets: Path, make_folder: Make, problems_of: Make) -> None:
     for name in ("train", "test", "holdout"):
         make_folder(tmp_path / "in" / name)

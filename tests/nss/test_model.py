@@ -29,6 +29,7 @@ from nss.model import (
     shape_of,
     with_network,
 )
+from nss.prune_weights import prune_weights
 from nss.remove import remove
 from nss.sliced import sliced
 
@@ -348,5 +349,20 @@ def test_helpers_see_through_the_classifier(networks: ModuleType) -> None:
     assert shape_of(model, [3, 4, 5]) == (3, 4, 5)
     twin = with_network(model, plain, parent="x")
     assert isinstance(twin, Classifier)
-    assert (twin.network, twin.spec.parent, twin.normalise) == (plain, "x", model.normalise)
+    assert (twin.network, twin.spec.parent, twin.normalise.mean.item()) == (plain, "x", 0.5)
     assert with_network(plain, model) is model
+
+
+def test_a_model_with_weights_of_its_own_changes_its_precision_alone_and_a_view_with_the_model(
+    networks: ModuleType,
+) -> None:
+    model, images = networks.zoo_model("lenet"), networks.pictures(4)
+    view, wanted = sliced(model, {"conv1": torch.arange(16) < 4}), model(images)
+    prune_weights(model, sparsity=0.5).double()
+    remove(model, {"conv1": torch.arange(16) < 4}).double()
+    assert torch.equal(model(images), wanted)
+    assert view(images).dtype == torch.float32
+    model.double()
+    assert (model(images).dtype, view(images).dtype) == (torch.float64, torch.float64)
+    view.float()
+    assert torch.equal(model(images), wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +14,9 @@ import torch
 from torch import nn
 
 from nss.errors import ModelError
+from nss.files import file_digest
 from nss.model import build_model, load_model, model_digest, save_model
+from nss.tensor_files import read_tensors, write_tensors
 
 
 @pytest.mark.parametrize(
@@ -45,6 +48,29 @@ def test_numbers_of_numpy_and_torch_are_kept_as_numbers(tmp_path: Path, kind: Ca
     spec = load_model(tmp_path / "m").spec
     assert spec == model.spec
     assert (spec.input_shape, spec.mean, spec.std) == ((3, 28, 28), (0.5,) * 3, (0.5,) * 3)
+
+
+def test_whole_numbers_as_mean_and_deviation_make_the_same_model_and_the_same_folder(tmp_path: Path) -> None:
+    for name, mean, std in (("whole", (0,), (1,)), ("floats", (0.0,), (1.0,))):
+        save_model(build_model("nss.zoo:lenet", ("a", "b"), (1, 8, 8), 0, mean=mean, std=std), tmp_path / name)
+    for name in ("model.json", "model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "floats" / name).read_bytes()
+
+
+def test_a_folder_that_was_written_with_whole_numbers_loads_as_the_same_model(
+    tmp_path: Path, networks: ModuleType
+) -> None:
+    model, folder = build_model("nss.zoo:lenet", ("a", "b"), (1, 8, 8), 0, mean=(0,), std=(1,)).eval(), tmp_path / "m"
+    save_model(model, folder)
+    tensors, _ = read_tensors(folder / "model.safetensors", ModelError)
+    whole = {name: tensors[name].long() for name in ("normalise.mean", "normalise.std")}
+    write_tensors(folder / "model.safetensors", {**tensors, **whole}, {"format": 1})
+    said = json.loads((folder / "model.json").read_text())
+    said.update(mean=[0], std=[1], weights=file_digest(folder / "model.safetensors"))
+    (folder / "model.json").write_text(json.dumps(said))
+    again, images = load_model(folder), networks.floats(4, (1, 8, 8))
+    assert model_digest(again) == model_digest(model)
+    assert torch.equal(again(images), model(images))
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float16])

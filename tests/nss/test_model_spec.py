@@ -39,6 +39,13 @@ def test_a_full_spec_comes_back_equal(tmp_path: Path) -> None:
     assert read_spec(write(tmp_path / "model.json")) == (FULL, "1" * 32)
 
 
+def test_means_and_deviations_are_floats_however_they_were_written(tmp_path: Path) -> None:
+    found, _ = read_spec(write(tmp_path / "model.json", mean=[0, 1, 0.5], std=[1, 2, 3]))
+    assert (found.mean, found.std) == ((0.0, 1.0, 0.5), (1.0, 2.0, 3.0))
+    for spec in (found, FULL):
+        assert {type(each) for each in (*spec.mean, *spec.std)} == {float}
+
+
 def test_a_spec_from_before_there_were_tasks_has_none(tmp_path: Path) -> None:
     old = write(tmp_path / "model.json", tasks="absent", views="absent", features="absent")
     found, _ = read_spec(old)

@@ -82,6 +82,16 @@ def test_a_model_without_normalisation_takes_images_that_were_normalised_before(
         layer(PIXELS.long())
 
 
+def test_whole_numbers_as_mean_and_deviation_are_the_same_as_floats() -> None:
+    whole, floats = Normalise((0,), (1,), (1, 8, 8)), Normalise((0.0,), (1.0,), (1, 8, 8))
+    images = PIXELS.float() / 255
+    assert (whole.mean.dtype, whole.std.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(whole(images), images)
+    assert torch.equal(whole(images.double()), images)
+    assert torch.equal(whole(PIXELS), floats(PIXELS))
+    assert Normalise((1, 2), (4, 2), (2, 1, 1))(torch.full((1, 2, 1, 1), 0.5)).flatten().tolist() == [-0.125, -0.75]
+
+
 class Viewed(nn.Module):
     """Takes its maps for a vector in the order in which they lie, which channels last would change."""
 

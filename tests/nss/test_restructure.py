@@ -7,6 +7,7 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,8 @@ import torch
 import nss
 from nss.errors import RestructureError
 from nss.ingest import demo
+
+Layers = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +242,44 @@ def test_what_does_not_fit_together_is_refused_by_name(
         nss.restructure(trained, replace(slices, classes=("a", "b")), digits, profiled, macs=0.5)
     with pytest.raises(RestructureError, match="Sequential does not say what it takes"):
         nss.restructure(trained.network, slices, digits, profiled, macs=0.5)
+
+
+def with_layers(slices: nss.SemanticSlices, change: Callable[[Layers], Layers]) -> nss.SemanticSlices:
+    """The slices with the neurons of the last one changed."""
+    *others, last = slices.slices
+    return replace(slices, slices=(*others, replace(last, neurons=change(last.neurons))))
+
+
+def test_slices_of_another_model_are_refused_before_anything_is_measured(
+    trained: nss.Classifier,
+    slices: nss.SemanticSlices,
+    digits: nss.Dataset,
+    profiled: nss.Profile,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    smaller = nss.remove(trained, {"conv1": torch.arange(16) < 12})
+    of_smaller = nss.profile(smaller, digits.split("train"), ("taylor",))
+    monkeypatch.setattr(importlib.import_module("nss.planner"), "find_sites", None)
+    cases = [
+        (smaller, slices, of_smaller, ("conv1: 16 neurons", "12 neurons")),
+        (
+            trained,
+            with_layers(slices, lambda of: {**of, "fc9": of["fc1"]}),
+            profiled,
+            ("fc9: 120 neurons", "no neurons"),
+        ),
+        (
+            trained,
+            with_layers(slices, lambda of: {"conv1": of["conv1"]}),
+            profiled,
+            ("conv2: no neurons", "32 neurons"),
+        ),
+    ]
+    for model, other, found, (where, allowed) in cases:
+        with pytest.raises(RestructureError, match="the slices are of another model") as caught:
+            nss.restructure(model, other, digits, found, macs=0.5)
+        assert (caught.value.where, caught.value.allowed) == (where, allowed)
+        assert caught.value.fix == "slice this model"
 
 
 def test_masked_weights_are_refused_before_they_would_be_lost(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nss.samples import FEWEST, drawn, parts, whole
+from nss.samples import FEWEST, Samples, drawn, joined, parts, whole
 
 few = settings(max_examples=30, deadline=None)
 
@@ -64,3 +65,26 @@ def test_any_kind_of_data_becomes_one_pair(networks: ModuleType) -> None:
         assert torch.equal(whole(data).images, images)
         assert torch.equal(whole(data).labels, labels)
     assert len(whole([])) == 0
+
+
+BYTES = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1)
+FLOATS = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.float16])
+def test_bytes_joined_to_floats_are_on_their_scale(kind: torch.dtype) -> None:
+    left, right = Samples(BYTES, torch.tensor([4, 5, 6])), Samples(FLOATS.to(kind), torch.tensor([1, 2]))
+    one, other = joined(left, right), joined(right, left)
+    torch.testing.assert_close(one.images.flatten().double(), torch.tensor([0.0, 0.2, 1.0, 0.0, 1.0]).double())
+    torch.testing.assert_close(other.images.flatten().double(), torch.tensor([0.0, 1.0, 0.0, 0.2, 1.0]).double())
+    assert (one.labels.tolist(), other.labels.tolist()) == ([4, 5, 6, 1, 2], [1, 2, 4, 5, 6])
+
+
+def test_images_of_one_type_are_joined_as_they_are() -> None:
+    for images in (BYTES, FLOATS, 300 * FLOATS):
+        samples = Samples(images, torch.arange(len(images)))
+        both = joined(samples, samples)
+        assert both.images.dtype == images.dtype
+        assert torch.equal(both.images, torch.cat([images, images]))
+        nothing = Samples(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+        assert joined(samples, nothing) is joined(nothing, samples) is samples

@@ -185,6 +185,42 @@ def test_the_slice_that_suffers_most_decides(small: Measured) -> None:
     assert alone == pytest.approx([float(each[part].mean()) for part in (first, second)], rel=1e-3)
 
 
+def test_the_order_in_which_the_images_come_is_no_matter(networks: ModuleType) -> None:
+    """More than one batch of them, class by class: the last class would be in no batch, and none would be mixed."""
+    torch.manual_seed(0)
+    labels = torch.arange(4).repeat_interleave(75)
+    images = networks.floats(300, RGB) + labels.view(-1, 1, 1, 1)
+    measured = Measured(networks.randomise(Small(), 0), images)
+    by_class = measured.errors([labels < 2, labels >= 2])
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    measured.images = images[order]
+    shuffled = measured.errors([labels[order] < 2, labels[order] >= 2])
+    for left, right in zip(by_class.values(), shuffled.values(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-9)
+
+
+def test_statistics_are_taken_again_from_all_images_and_each_batch_is_of_all_classes(
+    networks: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = torch.arange(4).repeat_interleave(65)
+    images = networks.floats(260, RGB)
+    measured, seen = Measured(networks.randomise(Small(), 0), images), list[Tensor]()
+    of_image = {image.numpy().tobytes(): number for number, image in enumerate(images)}
+
+    def watched(network: nn.Module, given: Tensor, **settings: bool) -> None:
+        watch = network.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
+        retake_statistics(network, given, **settings)
+        watch.remove()
+
+    monkeypatch.setattr("nss.sensitivity.retake_statistics", watched)
+    measured.errors([labels < 2, labels >= 2])
+    numbers = [[of_image[image.numpy().tobytes()] for image in batch] for batch in seen[:2]]
+    assert [len(each) for each in numbers] == [130, 130]
+    assert sorted(numbers[0] + numbers[1]) == list(range(260))
+    for each in numbers:
+        assert min(torch.bincount(labels[each], minlength=4).tolist()) >= 20
+
+
 def test_a_slice_without_images_has_no_say(small: Measured) -> None:
     nobody = torch.zeros(40, dtype=torch.bool)
     for left, right in zip(

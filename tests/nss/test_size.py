@@ -10,10 +10,11 @@ from torch import nn
 import nss
 
 
-def test_those_of_a_convolution_and_a_head_are_products_of_their_sizes() -> None:
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+def test_those_of_a_convolution_and_a_head_are_products_of_their_sizes_in_any_precision(kind: torch.dtype) -> None:
     # 16 of 3 x 3 x 3 at 32 x 32 places; 16 maps pooled to 4 x 4, seven classes.
     layers = (nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(256, 7))
-    assert nss.count_macs(nn.Sequential(*layers), (3, 32, 32)) == 32 * 32 * 16 * 27 + 256 * 7
+    assert nss.count_macs(nn.Sequential(*layers).to(kind), (3, 32, 32)) == 32 * 32 * 16 * 27 + 256 * 7
 
 
 @pytest.mark.parametrize("is_fast", [True, False])

@@ -67,6 +67,20 @@ def test_the_rest_that_does_not_fill_a_batch_is_left_out(networks: ModuleType) -
     assert model_digest(first) == model_digest(second)
 
 
+@pytest.mark.parametrize(("count", "equal"), [(29, 10), (21, 7), (30, 10), (9, 9)])
+def test_none_is_left_out_when_all_are_asked_for_and_batches_are_as_equal_as_can_be(
+    networks: ModuleType, count: int, equal: int
+) -> None:
+    torch.manual_seed(0)
+    network = networks.randomise(Two(), 1).double().eval()
+    images = networks.floats(count, RGB).double()
+    expected = by_hand(network, images, equal)
+    retake_statistics(network, images, 10, all_images=True)
+    found = [network.bn1.running_mean, network.bn1.running_var, network.bn2.running_mean, network.bn2.running_var]
+    for left, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(left, right)
+
+
 def test_weights_momenta_modes_and_hooks_stay_as_they_were(networks: ModuleType) -> None:
     network = networks.randomise(Two(0.5), 1)
     network.eval()

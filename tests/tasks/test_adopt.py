@@ -365,7 +365,9 @@ def test_the_command_says_what_it_took_and_how_good_it_is(
     assert nss(monkeypatch, "adopt", str(shop.weights)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{shop.weights}: accuracy {accuracy:.2%} on {content['scores']['images']} held-out")
-    assert lines[1] == "the champion is farm version 1 (adopt)"
+    assert lines[1] == "39,147 parameters, 256,092 multiply-adds an image, 157,612 bytes"
+    assert lines[2].startswith(f"normalised by mean {content['mean'][0]:.3g} and std {content['std'][0]:.3g}: the")
+    assert lines[3] == "the champion is farm version 1 (adopt)"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 
 from nss.errors import StageError
 from tasks.dvc_errors import full_disk
+from tasks.layout import CODE
 from tasks.pipeline import Pipeline
 from tasks.workspace import Workspace
 
@@ -52,3 +53,16 @@ def test_a_merge_conflict_is_said_with_the_way_out(toy: Workspace, name: str) ->
         Pipeline(toy).look("first")
     assert f"a merge left conflicts in {name}" in str(error.value)
     assert f"git checkout --ours {name}" in str(error.value)
+
+
+def test_a_merge_conflict_in_the_digests_of_code_is_said_with_the_way_out(toy: Workspace) -> None:
+    stages, code = toy.root / "dvc.yaml", toy.root / CODE
+    stages.write_text(stages.read_text().replace("params: [group]", f"params: [group, {{{CODE}: [first]}}]"))
+    code.write_text("first: a\n")
+    Pipeline(toy).reproduce("first")
+    code.write_text("<<<<<<< HEAD\nfirst: a\n=======\nfirst: b\n>>>>>>> theirs\n")
+    for look in (Pipeline(toy).stale, lambda: Pipeline(toy).reproduce("first")):
+        with pytest.raises(StageError) as error:
+            look()
+        assert error.value.what == f"a merge left conflicts in {CODE}"
+        assert f"`git add {CODE}` and `nss run`" in error.value.fix

@@ -215,16 +215,19 @@ def test_the_problems_lie_beside_an_entry_before_it_is_put_aside(workspace: Work
 
 
 def test_a_full_disk_while_an_entry_is_put_aside_is_said(workspace: Workspace, monkeypatch) -> None:
-    entry = workspace.root / "inbox" / "notes.txt"
+    entry, write = workspace.root / "inbox" / "notes.txt", Path.write_text
     entry.write_text("x")
 
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full(path: Path, *arguments: object, **options: object) -> int:
+        if path.name.endswith(".problems.txt"):
+            raise OSError(28, "No space left on device")
+        return write(path, *arguments, **options)
 
-    monkeypatch.setattr("pathlib.Path.write_text", full)
-    with pytest.raises(DataError, match=r"the inbox cannot be written \(No space left on device\)"):
-        module._move(entry, entry.parent / ".rejected", "notes.txt", "problems")
-    assert entry.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_text", full)
+        taken = take(workspace, [entry])
+    assert (taken.refused, taken.stuck) == ((), ("notes.txt: No space left on device",))
+    assert [each.name for each in take(workspace, [entry]).refused] == ["notes.txt"]
 
 
 def test_a_folder_whose_class_folders_are_all_links_is_taken(workspace: Workspace) -> None:
@@ -283,15 +286,57 @@ def test_data_that_cannot_be_restored_is_not_replaced_by_what_arrives(tmp_path: 
     assert not (fresh / "data").exists()
 
 
-def test_an_inbox_that_cannot_be_written_is_said(workspace: Workspace, monkeypatch) -> None:
-    entry = images(workspace.root / "inbox" / "a.npz", 1)
+def test_what_cannot_be_moved_is_said_and_does_not_keep_the_others(workspace: Workspace, monkeypatch) -> None:
+    entries = [images(workspace.root / "inbox" / f"{name}.npz", seed) for seed, name in enumerate("ab", start=1)]
+    rename = Path.rename
 
-    def refuse(*_: object) -> None:
-        raise PermissionError(13, "Permission denied")
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name == "a.npz":
+            raise PermissionError(13, "Permission denied")
+        return rename(path, target)
 
     monkeypatch.setattr("pathlib.Path.rename", refuse)
-    with pytest.raises(DataError, match=r"the inbox cannot be written \(Permission denied\)"):
-        take(workspace, [entry])
+    before = data_md5(workspace)
+    taken = take(workspace, entries)
+    assert taken.stuck == ("a.npz: Permission denied",)
+    assert [each.name for each in taken.arrived] == ["a.npz", "b.npz"]
+    assert taken.data_md5 == data_md5(workspace) != before
+    # It is found again, and told as arrived no second time.
+    again = take(workspace, entries[:1])
+    assert (again.arrived, again.stuck) == ((), ("a.npz: Permission denied",))
+    monkeypatch.setattr("pathlib.Path.rename", rename)
+    last = take(workspace, entries[:1])
+    assert ([each.already_present for each in last.arrived], last.stuck) == ([True], ())
+    assert last.data_md5 == taken.data_md5
+
+
+@pytest.mark.parametrize("stem", ["x" * 251, "ä" * 125 + "x", "x" + "ä" * 125])
+def test_a_name_as_long_as_the_file_system_allows_is_cut_where_it_is_put(workspace: Workspace, stem: str) -> None:
+    folder = workspace.root / "inbox"
+    for seed in (1, 1):
+        taken = take(workspace, [images(folder / f"{stem}.npz", seed)])
+        assert ([each.name for each in taken.arrived], taken.stuck) == ([f"{stem}.npz"], ())
+    for _ in range(2):
+        (folder / f"{stem}.txt").write_text("no images")
+        assert take(workspace, [folder / f"{stem}.txt"]).stuck == ()
+    assert names(folder) == [".done", ".rejected"]
+    done = stem.encode()[: 237 - len("20260101-120000-.npz")].decode(errors="ignore")
+    assert [name[16:].removesuffix("-2") for name in names(folder / ".done")] == [f"{done}.npz"] * 2
+    aside = stem.encode()[: 237 - len(".txt")].decode(errors="ignore")
+    endings = (".txt", ".txt-2", ".txt-2.problems.txt", ".txt.problems.txt")
+    assert names(folder / ".rejected") == [f"{aside}{ending}" for ending in endings]
+
+
+def test_names_that_are_no_text_are_taken_and_their_problems_written_down(workspace: Workspace) -> None:
+    folder = workspace.root / "inbox"
+    good = images(folder / "a.npz", 1).rename(folder / os.fsdecode(b"caf\xe9.npz"))
+    for name in (b"train/0", b"test/1", b"caf\xe9"):
+        (folder / "bad" / os.fsdecode(name)).mkdir(parents=True)
+    (folder / "bad" / "train" / "0" / "empty.png").write_bytes(b"")
+    taken = take(workspace, [good, folder / "bad"])
+    assert ([each.name for each in taken.arrived], taken.stuck) == ([good.name], ())
+    text = (folder / ".rejected" / "bad.problems.txt").read_text(encoding="utf-8")
+    assert text.startswith("caf\\udce9: an unknown split; ")
 
 
 def test_nothing_is_added_while_a_cycle_runs(workspace: Workspace) -> None:

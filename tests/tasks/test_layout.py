@@ -139,6 +139,19 @@ def test_an_upgrade_names_the_stages_it_changes_once(tmp_path: Path, monkeypatch
     assert refresh_code(workspace) == ()
 
 
+TORN = "<<<<<<< HEAD\nbase: a\n=======\nbase: b\n>>>>>>> theirs\n"
+
+
+@pytest.mark.parametrize("content", [TORN.encode(), b"base: \xff\n", b"- base\n", b"base: [\n", b"text\n", b""])
+def test_digests_that_cannot_be_read_are_written_anew(tmp_path: Path, content: bytes) -> None:
+    workspace = lay_out(tmp_path / "cats", "cats").workspace
+    whole = (workspace.root / CODE).read_bytes()
+    (workspace.root / CODE).write_bytes(content)
+    assert refresh_code(workspace) == tuple(code_digests(workspace))
+    assert (workspace.root / CODE).read_bytes() == whole
+    assert refresh_code(workspace) == ()
+
+
 def test_a_module_of_the_users_own_is_code_of_every_stage(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     bare = lay_out(tmp_path / "cats", "cats").workspace

@@ -54,6 +54,23 @@ def test_a_file_by_another_name_is_another_digest(workspace: Workspace) -> None:
     assert own_code(workspace) != before
 
 
+@pytest.mark.parametrize("name", [".#wide.py", "blocks/.#wide.py"])
+def test_the_link_by_which_emacs_says_that_a_file_is_open_is_no_code(workspace: Workspace, name: str) -> None:
+    before = own_code(workspace)
+    (workspace.root / "own_nets" / name).symlink_to("me@host.4711:1764465245")
+    assert own_code(workspace) == before
+
+
+def test_only_regular_files_that_are_not_hidden_are_code(workspace: Workspace) -> None:
+    before = own_code(workspace)
+    (workspace.root / "own_nets" / "folder.py").mkdir()
+    (workspace.root / "own_nets" / "gone.py").symlink_to("nowhere.py")
+    (workspace.root / "own_nets" / ".hidden.py").write_text("WIDTH = 5\n")
+    assert own_code(workspace) == before
+    (workspace.root / "own_nets" / "more.py").symlink_to(workspace.root / "own_net.py")
+    assert own_code(workspace) != before
+
+
 def test_what_is_installed_is_known_by_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workspace = Workspace(tmp_path, ("safetensors",))
     before = own_code(workspace)

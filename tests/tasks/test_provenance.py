@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import pytest
 
 from nss.errors import StageError
-from tasks.provenance import data_md5
+from tasks.provenance import data_md5, workspace_id
 from tasks.workspace import Workspace
 
 VERSION = "outs:\n- md5: 1234.dir\n  path: data\n"
@@ -39,3 +41,16 @@ def test_a_damaged_data_dvc_is_said_with_the_way_out(tmp_path: Path, content: by
         data_md5(Workspace(tmp_path))
     assert "data.dvc is no YAML" in str(error.value)
     assert "git checkout data.dvc" in str(error.value)
+
+
+def test_a_workspace_is_known_by_its_host_and_its_folder(tmp_path: Path, monkeypatch) -> None:
+    one, two = tmp_path / "one", tmp_path / os.fsdecode(b"caf\xe9")
+    one.mkdir()
+    two.mkdir()
+    (tmp_path / "link").symlink_to(one)
+    found = workspace_id(Workspace(one))
+    assert re.fullmatch("[0-9a-f]{12}", found)
+    assert workspace_id(Workspace(tmp_path / "link")) == found
+    assert workspace_id(Workspace(two)) != found
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    assert workspace_id(Workspace(one)) != found

@@ -1,0 +1,45 @@
+"""The stage `restructure`: how small the model is made."""
+
+from __future__ import annotations
+
+import pytest
+
+from nss.cost import count_macs
+from nss.model import load_model
+from nss.size import count_parameters
+
+NONE = {"parameters": None, "macs": None, "bytes": None, "latency_ms": None}
+
+
+def sizes(small) -> dict[str, int]:
+    model = load_model(small.workspace.out("base") / "model")
+    return {"macs": count_macs(model), "parameters": count_parameters(model)}
+
+
+def made(small, kind: str, share: float | None, **changes: object) -> bytes:
+    """The plan that is made when triage allows this share of what there is, and the setting half of it."""
+    budgets = NONE if share is None else {**NONE, kind: share * sizes(small)[kind]}
+    small.run("triage", budgets=budgets)
+    settings = {"budget": {"macs": "macs", "parameters": "params"}[kind], "target": 0.5, "fine_tune_steps": 0}
+    small.run("restructure", **{**settings, "curve": [], **changes})
+    return small.files("restructure")["plan.json"]
+
+
+@pytest.mark.parametrize("kind", ["macs", "parameters"])
+def test_an_exceeded_budget_is_met_though_the_setting_asks_for_less(small, kind: str) -> None:
+    before = sizes(small)[kind]
+    made(small, kind, 0.3, when="triage")
+    assert 0.2 * before < small.read("restructure", "metrics.json")[kind] <= 0.3 * before
+
+
+@pytest.mark.parametrize("kind", ["macs", "parameters"])
+def test_the_setting_is_met_where_the_budget_asks_for_less_or_is_not_what_is_cut(small, kind: str) -> None:
+    expected = made(small, kind, None, when="always")
+    assert made(small, kind, 0.9, when="triage") == expected
+    assert made(small, kind, 0.3, when="always") == expected
+    # What the other budget asks for is not known in this one's measure.
+    other = {"macs": "parameters", "parameters": "macs"}[kind]
+    small.run("triage", budgets={**NONE, other: 0.3 * sizes(small)[other]})
+    settings = {"budget": {"macs": "macs", "parameters": "params"}[kind], "target": 0.5}
+    small.run("restructure", when="triage", fine_tune_steps=0, curve=[], **settings)
+    assert small.files("restructure")["plan.json"] == expected
