@@ -13,7 +13,7 @@ from nss.data import Data, Dataset
 from nss.errors import ExtendError
 from nss.extend_course import ExtendEpoch, Settings, train_column
 from nss.extend_report import Told, judge
-from nss.grow import Capacity, add_column, capacity, condense, evidence_of
+from nss.grow import Capacity, add_column, capacity, condense, evidence_of, require_float32
 from nss.model import Classifier
 from nss.profile import Profile
 from nss.routing import fit_mix
@@ -155,13 +155,7 @@ def _check_model(model: Classifier) -> None:
     if model.spec.tasks and model.spec.kept:
         raise ExtendError("the model was made smaller after it was extended", fix="restructure it before extending it")
     refuse_masks(model, "extending", ExtendError)
-    if other := {parameter.dtype for parameter in model.parameters()} - {torch.float32}:
-        raise ExtendError(
-            f"the model has weights in {', '.join(sorted(str(each).removeprefix('torch.') for each in other))}",
-            where="model",
-            allowed="float32, which new columns and the router are made in",
-            fix="extend model.float(), with a profile of that",
-        )
+    require_float32(model)
 
 
 def _old_samples(model: Classifier, data: Data, seed: int) -> tuple[Samples, Samples]:

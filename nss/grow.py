@@ -113,6 +113,21 @@ def _check_old(model: Classifier, slices: SemanticSlices, share: float) -> None:
     if not 0 < share <= 1:
         raise ExtendError(f"share is {share}", where="share", allowed="above 0, at most 1")
     refuse_masks(model, "extending", ExtendError)
+    require_float32(model)
+
+
+def require_float32(model: Classifier) -> None:
+    """Raise ExtendError for a model with weights of another precision.
+
+    >>> require_float32(model.float())
+    """
+    if other := {parameter.dtype for parameter in model.parameters()} - {torch.float32}:
+        raise ExtendError(
+            f"the model has weights in {', '.join(sorted(str(each).removeprefix('torch.') for each in other))}",
+            where="model",
+            allowed="float32, which new columns and the router are made in",
+            fix="extend model.float(), with a profile of that",
+        )
 
 
 def _check_profile(model: Classifier, profile: Profile) -> None:

@@ -257,6 +257,12 @@ def test_another_precision_than_float32_is_refused_before_anything_is_done(kit: 
         assert extend(other.float(), of, new, old_data=old, share=1.0, epochs=1).report.steps > 0
 
 
+def test_nothing_is_condensed_in_another_precision(kit: Kit) -> None:
+    model, slices, _, data = kit
+    with pytest.raises(ExtendError, match="the model has weights in float64"):
+        condense(copy.deepcopy(model).double(), slices, named(data, ("ant", "bee"), data.labels < 2))
+
+
 def test_told_answers_are_the_best_of_the_own_task(kit: Kit) -> None:
     _, _, ready, data = kit
     model = extend(ready, None, named(data, data.classes, data.labels >= 2), epochs=1).model
