@@ -113,7 +113,7 @@ def status(
 
 def announce(workspace: Workspace, name: str = "") -> None:
     """Tell a Prefect server, where one is named and knows the workspace, that data has arrived: a run is wanted."""
-    from flows.deployment import WANTED, Deployment, has_server
+    from flows.deployment import WANTED, Deployment, has_server, is_name
 
     if not has_server():
         return
@@ -123,7 +123,8 @@ def announce(workspace: Workspace, name: str = "") -> None:
 
     deployment = Deployment(name or workspace.root.name, workspace.root)
     try:
-        if deployment.find():
+        # By a name that no deployment has none is known.
+        if is_name(deployment.name) and deployment.find():
             deployment.emit(version_of(workspace, data_md5(workspace)), WANTED)
     except NssError as error:
         sys.stderr.write(f"warning: {error.what}; a watcher finds the new data without the event\n  fix: {error.fix}\n")
@@ -144,7 +145,7 @@ def size_of(text: str) -> tuple[int, int] | None:
 def lines_of(path: Path) -> list[str]:
     """Read what --classes takes: the lines that are not empty. Raises typer.BadParameter for a file that is no text."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as problem:
         raise typer.BadParameter(f"{path} cannot be read as text ({problem})", param_hint="--classes") from None
     return [unicodedata.normalize("NFC", line.strip()) for line in lines if line.strip()]
@@ -159,10 +160,10 @@ def _watch(watcher: Watcher) -> None:
     """Watch until stopped by SIGTERM, after which nothing begins, or by Ctrl-C."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    _tell(f"watching {watcher.watching.inbox}")
+    watcher.tell(f"watching {watcher.watching.inbox}")
     with suppress(KeyboardInterrupt):
         watcher.run(stop)
-    _tell("stopped")
+    watcher.tell("stopped")
 
 
 @contextmanager
@@ -173,7 +174,9 @@ def _cut_off_by_sigterm() -> Iterator[None]:
     try:
         yield
     except TerminationSignal:
-        _tell("stopped")
+        # A full disk under the log must not change how the process ends.
+        with suppress(OSError, ValueError):
+            _tell("stopped")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
 

@@ -87,12 +87,21 @@ def require_server(who: str) -> None:
         )
 
 
+def is_name(name: str) -> bool:
+    """Say whether a deployment can have this name.
+
+    >>> is_name("digits"), is_name("R&D")
+    (True, False)
+    """
+    return name.isprintable() and name != "" and not any(each in name for each in _NOT_IN_A_NAME)
+
+
 def require_name(name: str) -> None:
     """Raise NssError for a name that no deployment can have.
 
     >>> require_name("digits")
     """
-    if not name.isprintable() or not name or any(each in name for each in _NOT_IN_A_NAME):
+    if not is_name(name):
         raise NssError(
             f"no deployment can be called {name!r}",
             where="--name",

@@ -209,7 +209,7 @@ class _Cycle:
 
     def _begin(self, workspace: Workspace) -> str:
         self.tracker = open_tracker(workspace)
-        tags = {"nss.kind": "cycle", WORKSPACE: workspace_id(workspace), **provenance_tags(workspace)}
+        tags = {"nss.kind": "cycle", WORKSPACE: workspace_id(workspace, make=True), **provenance_tags(workspace)}
         if flow_run := _flow_run_id():
             tags["nss.prefect_flow_run"] = flow_run
         self.experiment_id = self.tracker.experiment_id

@@ -16,7 +16,7 @@ from tasks.registry import store_errors
 from tasks.tracking import open_tracker, told, tracking_uri
 from tasks.workspace import Workspace
 
-_AT_WORK = {True: "a cycle or an arrival", False: "nobody", "unknown": "unknown: this user may not read the lock"}
+_AT_WORK = {True: "a cycle or an arrival", False: "nobody", "unknown": "unknown: the lock cannot be read"}
 
 
 def status(workspace: Workspace, inbox: Path, name: str) -> dict[str, Any]:
@@ -45,7 +45,8 @@ def _last_cycle(workspace: Workspace) -> dict[str, Any] | None:
     uri = tracking_uri(workspace)
     try:
         with store_errors(uri):
-            run = open_tracker(workspace).find(kind="cycle", workspace=workspace_id(workspace))
+            tracker, own = open_tracker(workspace), workspace_id(workspace)
+            run = tracker.find(kind="cycle", workspace=own) if own else None
     except NssError as error:
         return {"error": error.what}
     except Exception as error:

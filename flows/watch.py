@@ -41,7 +41,8 @@ def undisturbed(tell: Tell) -> Tell:
     """
 
     def tell_if_possible(line: str) -> None:
-        with suppress(OSError, UnicodeError):
+        # A closed stream raises ValueError, and a letter that it does not take is one.
+        with suppress(OSError, ValueError):
             tell(printable(line))
 
     return tell_if_possible

@@ -70,8 +70,8 @@ def condense(
     they explain of what is read (see nss.order_units) and refitted to the original's outputs; 1 keeps all, and every
     answer bit for bit.
     Source: NeuSemSlice, arXiv 2407.20281, section 3; merging and refit are ours, docs/restructure.md.
-    Raises ExtendError for a model that was extended before, or that cannot be; for slices or a profile of another
-    model; and for classes without an image.
+    Raises ExtendError for a model that was extended before, or that cannot be, or is not in float32; for slices or a
+    profile of another model; and for classes without an image.
 
     >>> ready = condense(model, slices, nss.load_data("data"))
     """

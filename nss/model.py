@@ -196,9 +196,10 @@ def _hidden(problem: Exception) -> str:
     name = problem.name or "" if isinstance(problem, ModuleNotFoundError) else ""
     package, _, rest = name.partition(".")
     found = sys.modules.get(package) if rest else None
-    if found is None:
+    place = next(iter(getattr(found, "__path__", None) or [getattr(found, "__file__", None)]))
+    if place is None:
         return ""
-    return f"`{package}` is the package in {next(iter(found.__path__))} here; if you mean one of yours, rename it"
+    return f"`{package}` is {place} here: check what follows it; a package of yours that this hides needs another name"
 
 
 def _is_of(module: str, packages: Sequence[str]) -> bool:

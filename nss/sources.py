@@ -148,8 +148,9 @@ def _split_folders(root: Path, problems: list[str]) -> Iterable[tuple[Path, bool
         return [(root, None)]
     for entry in _entries(root, root, problems):
         if entry not in (train, held_out):
-            hint = "validation images are chosen from train by their content: move these there"
-            problems.append(f"{entry.name}: an unknown split; allowed: train, {held_out.name} ({hint})")
+            hint = "validation images are chosen from train by their content"
+            more = ": move these there" if entry in others else ""
+            problems.append(f"{entry.name}: an unknown split; allowed: train, {held_out.name} ({hint}{more})")
     return [(train, False), (held_out, True)]
 
 

@@ -122,8 +122,14 @@ def failure(name: str, message: str, log: Path) -> BaseException:
     kind = StageError if code in _SAID else CrashError
     again = f"then run again; finished stages are kept (`dvc repro {name}` prints everything)"
     killed = f"it was killed, mostly for lack of memory: take smaller batches, {again}"
+    ended = f"it was ended by a signal, {again}"
     return kind(
         f"the stage '{name}' failed with exit code {code}" + (f"\n{tail}" if tail else ""),
         where=f"dvc.yaml, stage {name}",
-        fix=killed if code in _KILLED else f"mend what it says, {again}",
+        fix=killed if code in _KILLED else ended if _is_signal(code) else f"mend what it says, {again}",
     )
+
+
+def _is_signal(code: str) -> bool:
+    """Say whether an exit code is that of a process, or of its shell, that a signal has ended."""
+    return code.startswith("-") or (code.isdigit() and int(code) > 128)

@@ -39,7 +39,7 @@ def exclusive(workspace: Workspace, *, wait_s: float = 0, what: str = "work") ->
 
 
 def is_held(workspace: Workspace, what: str = "work") -> bool | Literal["unknown"]:
-    """Say whether somebody holds that lock; "unknown", which counts as yes, where this user may not even read it.
+    """Say whether somebody holds that lock; "unknown", which counts as yes, where it cannot be read.
 
     Nothing is written, and nobody else who looks is in the way.
     """

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
+import uuid
 from pathlib import Path
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from nss.errors import StageError
-from nss.files import text_digest
+from nss.files import replacing
 from tasks.dvc_errors import conflict
 from tasks.pipeline import StageKey
 from tasks.processes import process_id
@@ -44,14 +44,24 @@ def provenance_tags(workspace: Workspace, key: StageKey | None = None) -> dict[s
     return tags
 
 
-def workspace_id(workspace: Workspace) -> str:
-    """Return what tells the workspaces apart that share a tracking store: a digest of the host's name and the folder.
+def workspace_id(workspace: Workspace, *, make: bool = False) -> str:
+    """Return what tells the workspaces apart that share a tracking store, wherever they are moved to or mounted.
+
+    make: give it one when it has none; without, that is an empty text.
 
     >>> workspace_id(find_workspace())  # doctest: +SKIP
     '5f0c1e8a9b7d'
     """
-    # As an address: a folder may have a name that is no text.
-    return text_digest(f"{socket.gethostname()}:{workspace.root.resolve().as_uri()}")[:_SHORT]
+    path = workspace.root / ".dvc" / "tmp" / "nss-workspace.txt"
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        if not make:
+            return ""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        part.write_text(uuid.uuid4().hex[:_SHORT], encoding="utf-8")
+    return path.read_text(encoding="utf-8")
 
 
 def data_md5(workspace: Workspace) -> str:

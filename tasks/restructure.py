@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nss.errors import StageError
+from nss.data import Dataset
+from nss.errors import RestructureError, StageError, first_line
 from nss.files import read_json, replacing, write_json
-from nss.model import model_digest, save_model
+from nss.model import Classifier, model_digest, save_model
 from nss.profile import Profile
 from nss.restructure import Point, Restructured, restructure
 from nss.slice import SemanticSlices
@@ -44,21 +45,42 @@ def run(params: RestructureParams, workspace: Workspace) -> None:
         if not is_needed:
             write_nothing(part, _TABLES, why)
             return
-        found = restructure(
-            model,
-            SemanticSlices.load(workspace.out("slice") / "slices.json"),
-            data,
-            Profile.load(workspace.out("profile") / "profile.safetensors"),
-            **{params.budget: _target(params, workspace)},
-            cap=params.cap,
-            multiple=params.multiple,
-            fine_tune_steps=params.fine_tune_steps,
-            learning_rate=params.learning_rate,
-            distil=params.distil,
-            curve=params.curve,
-            seed=params.seed,
-        )
-        _write(part, found, why)
+        found, hint = _smaller(params, workspace, model, data)
+        _write(part, found, f"{why}{hint}")
+
+
+def _smaller(
+    params: RestructureParams, workspace: Workspace, model: Classifier, data: Dataset
+) -> tuple[Restructured, str]:
+    """Return the smaller model, and what to add to the reason for it."""
+    target = _target(params, workspace)
+    try:
+        return _made(params, workspace, model, data, target), ""
+    except RestructureError as error:
+        # A budget that nobody can meet must not end every cycle from now on.
+        if target == params.target:
+            raise
+        hint = f"; that cannot be met ({first_line(error)}, {error.where}), so restructure.target counts"
+        return _made(params, workspace, model, data, params.target), hint
+
+
+def _made(
+    params: RestructureParams, workspace: Workspace, model: Classifier, data: Dataset, target: float
+) -> Restructured:
+    return restructure(
+        model,
+        SemanticSlices.load(workspace.out("slice") / "slices.json"),
+        data,
+        Profile.load(workspace.out("profile") / "profile.safetensors"),
+        **{params.budget: target},
+        cap=params.cap,
+        multiple=params.multiple,
+        fine_tune_steps=params.fine_tune_steps,
+        learning_rate=params.learning_rate,
+        distil=params.distil,
+        curve=params.curve,
+        seed=params.seed,
+    )
 
 
 def _target(params: RestructureParams, workspace: Workspace) -> float:

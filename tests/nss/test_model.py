@@ -272,6 +272,27 @@ def test_an_allowed_factory_is_imported_and_must_return_a_module(tripwire: Path)
     assert tripwire.exists()
 
 
+@pytest.mark.parametrize("kind", ["module", "package"])
+def test_what_hides_a_package_that_a_factory_is_looked_for_in_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    name = f"hiding_{kind}"
+    place = tmp_path / f"{name}.py" if kind == "module" else tmp_path / name
+    if kind == "package":
+        place.mkdir()
+    (place if kind == "module" else place / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModelError, match="the factory does not exist: No module named") as error:
+        build_model(f"{name}.deeper:Net", ("a", "b"), (1, 8, 8), 0, allow=[name])
+    assert error.value.fix.startswith(f"`{name}` is {place} here: check what follows it")
+
+
+def test_a_package_that_is_not_there_hides_nothing() -> None:
+    with pytest.raises(ModelError, match="the factory does not exist") as error:
+        build_model("no_such_package.nets:Net", ("a", "b"), (1, 8, 8), 0, allow=["no_such_package"])
+    assert error.value.fix == ""
+
+
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
@@ -349,7 +370,9 @@ def test_helpers_see_through_the_classifier(networks: ModuleType) -> None:
     assert shape_of(model, [3, 4, 5]) == (3, 4, 5)
     twin = with_network(model, plain, parent="x")
     assert isinstance(twin, Classifier)
-    assert (twin.network, twin.spec.parent, twin.normalise.mean.item()) == (plain, "x", 0.5)
+    assert (twin.network, twin.spec.parent) == (plain, "x")
+    own, copied = model.normalise, twin.normalise
+    assert (copied.mean.item(), copied.std.item(), copied.layout) == (0.5, own.std.item(), own.layout)
     assert with_network(plain, model) is model
 
 

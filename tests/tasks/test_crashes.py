@@ -21,7 +21,15 @@ def test_what_a_stage_says_itself_is_no_crash(toy: Workspace, command, code: int
     assert type(failure(toy)) is StageError
 
 
-@pytest.mark.parametrize("code", [1, 3, 143])
+@pytest.mark.parametrize("end", ["exit 139", "exit 143", "kill -15 $$", "kill -11 $$"])
+def test_a_stage_that_a_signal_ended_has_said_nothing(toy: Workspace, command, end: str) -> None:
+    command(toy.root, end)
+    error = failure(toy)
+    assert type(error) is CrashError
+    assert error.fix.startswith("it was ended by a signal, then run again")
+
+
+@pytest.mark.parametrize("code", [1, 3])
 def test_any_other_end_is_a_crash(toy: Workspace, command, code: int) -> None:
     command(toy.root, f"exit {code}")
     error = failure(toy)

@@ -43,14 +43,13 @@ def test_a_damaged_data_dvc_is_said_with_the_way_out(tmp_path: Path, content: by
     assert "git checkout data.dvc" in str(error.value)
 
 
-def test_a_workspace_is_known_by_its_host_and_its_folder(tmp_path: Path, monkeypatch) -> None:
+def test_a_workspace_is_known_wherever_it_is_moved_to(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / os.fsdecode(b"caf\xe9")
-    one.mkdir()
-    two.mkdir()
-    (tmp_path / "link").symlink_to(one)
-    found = workspace_id(Workspace(one))
+    assert workspace_id(Workspace(one)) == ""
+    assert not one.exists(), "whoever only looks writes nothing"
+    found = workspace_id(Workspace(one), make=True)
     assert re.fullmatch("[0-9a-f]{12}", found)
-    assert workspace_id(Workspace(tmp_path / "link")) == found
-    assert workspace_id(Workspace(two)) != found
-    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
-    assert workspace_id(Workspace(one)) != found
+    assert workspace_id(Workspace(one)) == workspace_id(Workspace(one), make=True) == found
+    assert workspace_id(Workspace(two), make=True) != found
+    one.rename(tmp_path / "moved")
+    assert workspace_id(Workspace(tmp_path / "moved")) == found

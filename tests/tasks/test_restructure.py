@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from nss.cost import count_macs
+from nss.errors import RestructureError
+from nss.files import read_json, write_json
 from nss.model import load_model
-from nss.size import count_parameters
+from nss.size import count_macs, count_parameters
+from tasks import restructure as stage
 
 NONE = {"parameters": None, "macs": None, "bytes": None, "latency_ms": None}
 
@@ -43,3 +45,35 @@ def test_the_setting_is_met_where_the_budget_asks_for_less_or_is_not_what_is_cut
     settings = {"budget": {"macs": "macs", "parameters": "params"}[kind], "target": 0.5}
     small.run("restructure", when="triage", fine_tune_steps=0, curve=[], **settings)
     assert small.files("restructure")["plan.json"] == expected
+
+
+def test_a_budget_that_cannot_be_met_does_not_end_the_cycle(small) -> None:
+    expected = made(small, "macs", None, when="always")
+    assert made(small, "macs", 0.0001, when="triage") == expected
+    why = small.read("restructure", "result.json")["why"]
+    assert "; that cannot be met (macs=0.0001 cannot be reached, at most 90% of a layer may leave)" in why
+    assert why.endswith("so restructure.target counts")
+
+
+def test_a_target_that_cannot_be_met_is_a_mistake(small) -> None:
+    with pytest.raises(RestructureError, match=r"macs=0\.0001 cannot be reached"):
+        made(small, "macs", 0.5, when="triage", target=0.0001)
+
+
+@pytest.mark.parametrize(("target", "allowed", "expected"), [(0.5, 0.2, 0.2), (0.2, 0.5, 0.2)])
+def test_of_two_limits_of_latency_the_shorter_counts(
+    small, monkeypatch: pytest.MonkeyPatch, target: float, allowed: float, expected: float
+) -> None:
+    asked = []
+    monkeypatch.setattr(stage, "_made", lambda *given: asked.append(given[-1]))
+    monkeypatch.setattr(stage, "_write", lambda *_: None)
+    small.run("triage", budgets={**NONE, "latency_ms": 1e-9})
+    path = small.workspace.out("triage") / "restructure.json"
+    found = read_json(path)
+    found["evidence"]["latency_ms"]["allowed"] = allowed
+    write_json(path, found)
+    group = type(small.params.group("restructure")).model_validate(
+        {**small.params.group("restructure").model_dump(), "when": "triage", "budget": "latency_ms", "target": target}
+    )
+    stage.run(group, small.workspace)
+    assert asked == [expected]
