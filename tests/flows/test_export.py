@@ -141,7 +141,7 @@ def test_an_export_that_is_wrong_ends_with_two_and_no_file(
 ) -> None:
     other = build_model("nss.zoo:lenet", list("0123456789"), (1, 8, 8), seed=1).eval()
     make = nss.export._program_bytes
-    monkeypatch.setattr(nss.export, "_program_bytes", lambda twin: make(other))
+    monkeypatch.setattr(nss.export, "_program_bytes", lambda _, metadata: make(other, metadata))
     code, out, err = run("model.pt2")
     assert (code, out) == (2, "")
     assert "the export answers differently: a logit by" in err

@@ -116,7 +116,7 @@ def test_with_triage_a_stage_does_what_is_needed_and_says_why_not(small, verb: s
     assert result(small, verb, when="triage", **QUICK[verb]) == {"done": False, "why": f"triage: {reason}"}
     assert small.read(verb, "metrics.json") == {"done": 0}
     small.add([0, 1, 2, 3] * 30, 1, negative=True, new_classes=("dog",))
-    small.run("triage", budgets=budgets(macs=1))
+    small.run("triage", budgets=budgets(macs=200_000))  # of 256,092
     assert result(small, verb, when="triage", **QUICK[verb])["done"] is True
     if verb == "restructure":
         assert small.read(verb, "result.json")["why"] == f"triage: {why(small, verb)}"
