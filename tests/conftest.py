@@ -1,8 +1,9 @@
-"""Pictures for the tests of the data: made from a seed, saved as files, and a data folder seen byte for byte."""
+"""Pictures and folders for the tests of the data: made from a seed, saved as files, and seen byte for byte."""
 
 from __future__ import annotations
 
 import signal
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,16 @@ def snapshot() -> Callable[[Path], dict[str, bytes | None]]:
 def problems_of() -> Callable[..., tuple[str, ...]]:
     """Give a function that adds what must be refused, sees that nothing changed, and returns the problems."""
     return _problems_of
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """Make a repository of git and DVC with nothing in it."""
+    root = tmp_path / "repository"
+    (root / ".dvc").mkdir(parents=True)
+    (root / ".dvc" / "config").write_text("[core]\n    analytics = false\n")
+    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+    return root
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,15 +38,11 @@ class Recorder:
 
 
 @pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
+def workspace(repository: Path, tmp_path: Path) -> Workspace:
     """A repository with one batch, and an inbox."""
-    root = tmp_path / "repository"
-    (root / ".dvc").mkdir(parents=True)
-    (root / ".dvc" / "config").write_text("[core]\n    analytics = false\n")
-    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
-    (root / "inbox").mkdir()
-    add(Workspace(root), str(images(tmp_path / "first.npz", 0)), new_classes=True)
-    return Workspace(root)
+    (repository / "inbox").mkdir()
+    add(Workspace(repository), str(images(tmp_path / "first.npz", 0)), new_classes=True)
+    return Workspace(repository)
 
 
 def images(path: Path, seed: int) -> Path:

@@ -37,13 +37,9 @@ stages:
 
 
 @pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
+def workspace(repository: Path) -> Workspace:
     """A repository of git and DVC without images."""
-    root = tmp_path / "repository"
-    (root / ".dvc").mkdir(parents=True)
-    (root / ".dvc" / "config").write_text("[core]\n    analytics = false\n")
-    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
-    return Workspace(root)
+    return Workspace(repository)
 
 
 @pytest.fixture

@@ -20,14 +20,10 @@ from tasks.workspace import Workspace
 
 
 @pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
+def workspace(repository: Path, tmp_path: Path) -> Workspace:
     """A workspace with one batch of two classes in it."""
-    root = tmp_path / "repository"
-    (root / ".dvc").mkdir(parents=True)
-    (root / ".dvc" / "config").write_text("[core]\n    analytics = false\n")
-    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
-    (root / "inbox").mkdir()
-    found = Workspace(root)
+    (repository / "inbox").mkdir()
+    found = Workspace(repository)
     add(found, str(images(tmp_path / "first.npz", 0)), new_classes=True)
     return found
 
