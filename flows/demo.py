@@ -26,12 +26,12 @@ STRENGTH = 2
 SETTINGS = {
     "triage.budgets.macs": 2_200_000,
     "register.promote": "auto",
-    "readapt.guard": 3.0,
+    "readapt.guard": 10.0,
     # The gate forgives one picture in a hundred, and there are few: what tells the old classes stays as it is, and
-    # every fifth of the old pictures, which are at hand, is trained on again.
+    # every fifth of the old pictures, which are at hand, is trained on again; every second where what tells them moves.
     "extend.share": 1.0,
     "extend.replay": 0.2,
-    "readapt.replay": 0.2,
+    "readapt.replay": 0.5,
 }
 
 
