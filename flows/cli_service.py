@@ -171,12 +171,13 @@ def _cut_off_by_sigterm() -> Iterator[None]:
     """Die by SIGTERM, as `nss run` does, when it has ended a cycle."""
     from prefect.exceptions import TerminationSignal
 
+    from flows.watch import undisturbed
+
     try:
         yield
     except TerminationSignal:
         # A full disk under the log must not change how the process ends.
-        with suppress(OSError, ValueError):
-            _tell("stopped")
+        undisturbed(_tell)("stopped")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
 
