@@ -50,7 +50,7 @@ from nss.model import model_digest
 
 _EITHER = (Setting(0.02), Setting(0.05))
 WHOLE = Grid(
-    images=12_000,
+    images=4000,
     epochs=3,
     settings={
         **dict.fromkeys((NAIVE, *REPLAY, DEEPARC), _EITHER),
@@ -71,7 +71,7 @@ SMALL = Grid(
     },
     ours=tuple(OUR_REPLAY),
 )
-CHAIN_IMAGES, QUICK_CHAIN = 3000, 1000
+CHAIN_IMAGES, QUICK_CHAIN = 1500, 1000
 """images of each task of the chain, and of that of a quick run"""
 SUBJECT = ("data", "model", "seed")
 BY = ("data", "model", "method")

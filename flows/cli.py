@@ -89,25 +89,30 @@ def run(
     retries: Annotated[int, typer.Option(min=0, max=10, help="How often a failing stage is tried again.")] = 0,
 ) -> None:
     """Run the maintenance cycle: every stage whose inputs changed, tracked in MLflow and Prefect."""
+    from contextlib import nullcontext
+
     from flows.launch import Server
+    from tasks.recorder import beside
 
-    server = Server.prepare()
-    from flows import show
-    from flows.maintain import run_cycle
-    from flows.progress import Bar
-    from tasks.params import STAGES
-    from tasks.pipeline import last_line
-    from tasks.workspace import find_workspace
+    with beside() or nullcontext() as recorder:
+        server = Server.prepare()
+        from flows import show
+        from flows.maintain import run_cycle
+        from flows.progress import Bar
+        from tasks.params import STAGES
+        from tasks.pipeline import last_line
+        from tasks.workspace import find_workspace
 
-    workspace = find_workspace()
-    server.wait()
-    following = dict(pairwise((*STAGES, "")))
-    with Bar(len(STAGES), STAGES[0], is_quiet=as_json, note=last_line) as bar:
-        report = run_cycle(
-            workspace,
-            retries=retries,
-            tell=lambda stage: bar.step(show.stage_line(stage), following[stage.stage]),
-        )
+        workspace = find_workspace()
+        server.wait()
+        following = dict(pairwise((*STAGES, "")))
+        with Bar(len(STAGES), STAGES[0], is_quiet=as_json, note=last_line) as bar:
+            report = run_cycle(
+                workspace,
+                retries=retries,
+                tell=lambda stage: bar.step(show.stage_line(stage), following[stage.stage]),
+                recorder=recorder,
+            )
     if as_json:
         _print_json(report.to_dict())
     else:

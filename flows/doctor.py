@@ -186,7 +186,8 @@ def _champion(workspace: Workspace) -> str:
 
 
 def _tracking(workspace: Workspace) -> str:
-    from tasks.tracking import open_tracker, shown_uri, told, tracking_uri
+    from tasks.store_address import shown_uri, told, tracking_uri
+    from tasks.tracking import open_tracker
 
     try:
         return shown_uri(open_tracker(workspace).uri)

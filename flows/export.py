@@ -156,7 +156,7 @@ def _registered(reference: str) -> tuple[str, Classifier]:
     from flows.models import session
     from tasks.lineage import find_version
     from tasks.registry import fetch
-    from tasks.tracking import shown_uri
+    from tasks.store_address import shown_uri
 
     with session() as now, tempfile.TemporaryDirectory(prefix="nss-") as folder:
         version = find_version(now.registry, reference.removeprefix(_REGISTERED))

@@ -11,7 +11,8 @@ from tasks.lineage import Ancestor, Difference, differences
 from tasks.params import Params, load_params
 from tasks.register import Registered
 from tasks.registry import Registry, Version, store_errors
-from tasks.tracking import Tracker, open_tracker, tracking_uri
+from tasks.store_address import tracking_uri
+from tasks.tracking import Tracker, open_tracker
 from tasks.workspace import Workspace, find_workspace, with_packages
 
 

@@ -148,7 +148,7 @@ def _slice_line(each: dict[str, Any]) -> str:
 
 def _mlflow_hint(report: CycleReport) -> str:
     # It imports MLflow, which a cycle has imported already and most commands need not wait for.
-    from tasks.tracking import shown_uri
+    from tasks.store_address import shown_uri
 
     uri = shown_uri(report.tracking_uri)
     if uri.startswith("http"):

@@ -13,7 +13,8 @@ from tasks.inbox import Inbox, printable
 from tasks.lock import is_held
 from tasks.provenance import data_md5, workspace_id
 from tasks.registry import store_errors
-from tasks.tracking import open_tracker, told, tracking_uri
+from tasks.store_address import told, tracking_uri
+from tasks.tracking import open_tracker
 from tasks.workspace import Workspace
 
 _AT_WORK = {True: "a cycle or an arrival", False: "nobody", "unknown": "unknown: the lock cannot be read"}

@@ -26,6 +26,11 @@ def ledger_path(workspace: Workspace) -> Path:
     return workspace.store / "ledger.jsonl"
 
 
+def plan_path(workspace: Workspace) -> Path:
+    """Return the file that says which promotion or rollback has been begun; there is none when all have ended."""
+    return ledger_path(workspace).with_suffix(".jsonl.pending")
+
+
 @contextmanager
 def locked(workspace: Workspace) -> Iterator[None]:
     """Let one process at a time decide which version is the champion; a thread that holds the lock may take it again.

@@ -9,7 +9,8 @@ from typing import Any
 from nss.errors import StageError
 from nss.gate import SIZES
 from tasks.registry import Registry, Version
-from tasks.tracking import Tracker, shown_uri
+from tasks.store_address import shown_uri
+from tasks.tracking import Tracker
 
 _CLASS = "class/"
 

@@ -19,11 +19,12 @@ from nss.errors import StageError
 from nss.files import read_json
 from tasks.champion import Champion, load_champion, pin_champion, read_champion
 from tasks.commits import PIN, commit
-from tasks.ledger import append, ledger_path, locked, read_ledger
+from tasks.ledger import append, locked, plan_path, read_ledger
 from tasks.pipeline import Pipeline
 from tasks.provenance import provenance_tags
 from tasks.registry import CANDIDATE, CHAMPION, PREVIOUS, Registry, Version, fetch, version_key
-from tasks.tracking import Tracker, shown_uri
+from tasks.store_address import shown_uri
+from tasks.tracking import Tracker
 from tasks.workspace import Workspace
 
 ROLLED_BACK = "nss.rolled_back"
@@ -67,9 +68,9 @@ def make(workspace: Workspace, tracker: Tracker, move: Move) -> list[str]:
 
 def pending(workspace: Workspace) -> Move | None:
     """Return the move that somebody has begun and not ended."""
-    if not _plan(workspace).exists():
+    if not plan_path(workspace).exists():
         return None
-    content = read_json(_plan(workspace), StageError)
+    content = read_json(plan_path(workspace), StageError)
     return Move(**{**content, "reasons": tuple(content["reasons"])})
 
 
@@ -90,7 +91,7 @@ def _fetched(workspace: Workspace, tracker: Tracker, move: Move) -> Iterator[tup
         raise StageError(
             f"{move.name} version {move.champion} is not in the registry any more",
             where=shown_uri(tracker.uri),
-            fix=f"remove {_plan(workspace)}, if it is there, to give up this {move.kind}",
+            fix=f"remove {plan_path(workspace)}, if it is there, to give up this {move.kind}",
         )
     with tempfile.TemporaryDirectory(prefix="nss-") as folder:
         yield version, fetch(tracker, version.source, version.model, Path(folder), workspace.packages)
@@ -100,7 +101,7 @@ def _do(workspace: Workspace, tracker: Tracker, move: Move, version: Version, mo
     for step in _steps(workspace, Registry(tracker, move.name), move, version, model):
         step()
     problem = commit(workspace, _message(move), PIN) if move.commit else ""
-    _plan(workspace).unlink()
+    plan_path(workspace).unlink()
     return [problem] if problem else []
 
 
@@ -159,12 +160,8 @@ def _message(move: Move) -> str:
     return f"Champion: back to {move.name} version {move.champion}" if move.kind == "rollback" else title
 
 
-def _plan(workspace: Workspace) -> Path:
-    return ledger_path(workspace).with_suffix(".jsonl.pending")
-
-
 def _write_down(workspace: Workspace, move: Move) -> None:
-    plan = _plan(workspace)
+    plan = plan_path(workspace)
     # Always the same temporary name: a process that is killed leaves no heap of them.
     part = plan.with_suffix(".part")
     with part.open("w", encoding="utf-8") as file:

@@ -12,7 +12,6 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
@@ -24,13 +23,12 @@ from prefect.context import FlowRunContext, TagsContext
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Crashed
 
-from nss.errors import NssError, first_line
+from nss.errors import NssError
 from nss.files import owner_of, read_json
 from tasks.pipeline import OWNER, Pipeline
 from tasks.processes import is_dead, process_id, stop
 from tasks.provenance import DATA_MD5, PROCESS, data_md5
-from tasks.registry import STORE_ERRORS
-from tasks.tracking import Tracker, open_tracker
+from tasks.sweep import swept
 from tasks.warm import is_warm
 from tasks.workspace import Workspace
 
@@ -38,8 +36,6 @@ DATA = f"{DATA_MD5}="
 """How the tag of a Prefect run begins that names the version of data/ which it works on."""
 
 _PREFIX = f"{PROCESS}="
-# Whoever needs a store or server that does not answer says so; here it is left for next time.
-_AWAY = (*STORE_ERRORS, httpx.HTTPError)
 # Who gets the children of a process that died, beside process 1.
 _ADOPTERS = ("systemd", "init")
 _AGE_S = 3600
@@ -56,15 +52,15 @@ def recover(workspace: Workspace) -> list[str]:
     >>> recover(find_workspace())  # doctest: +SKIP
     ['MLflow run 0b5e... (base) of a process that has died: KILLED']
     """
-    done: list[str] = []
-    for what, sweep in _SWEEPS.items():
-        try:
-            done += sweep(workspace)
-        except _AWAY:
-            continue
-        except Exception as error:
-            done.append(f"not put in order: {what} ({first_line(error)}); the next cycle tries again")
-    return done
+    # MLflow's client takes seconds to import: who has another process for that calls the two apart.
+    from tasks.recovery_runs import end_runs
+
+    return [*recover_here(workspace), *end_runs(workspace)]
+
+
+def recover_here(workspace: Workspace) -> list[str]:
+    """Do all of `recover` but for MLflow's runs."""
+    return [line for what, sweep in _SWEEPS.items() for line in swept(what, sweep, workspace, away=httpx.HTTPError)]
 
 
 def process_mark() -> str:
@@ -208,17 +204,6 @@ def _remove_broken_files(workspace: Workspace) -> list[str]:
         return []
 
 
-def _end_runs(workspace: Workspace) -> list[str]:
-    tracker = open_tracker(workspace)
-    dead = [run for run in tracker.running() if is_dead(run.data.tags.get(PROCESS, ""))]
-    return [_end_run(tracker, run) for run in dead]
-
-
-def _end_run(tracker: Tracker, run: Any) -> str:
-    tracker.end(run.info.run_id, "KILLED")
-    return f"MLflow run {run.info.run_id} ({run.info.run_name}) of a process that has died: KILLED"
-
-
 def _crash_flow_runs(workspace: Workspace) -> list[str]:
     if not PREFECT_API_URL.value():
         return []
@@ -265,5 +250,4 @@ _SWEEPS: dict[str, Callable[[Workspace], list[str]]] = {
     "batches that were never finished": _remove_half_batches,
     "half copies in DVC's cache": _remove_half_copies,
     "files of DVC that were cut off": _remove_broken_files,
-    "MLflow runs": _end_runs,
 }

@@ -22,7 +22,8 @@ from tasks.pipeline import Pipeline
 from tasks.promotion import ROLLED_BACK, Move, maintained, make, origin, place_of, restore, resume
 from tasks.provenance import provenance_tags
 from tasks.registry import CANDIDATE, PREVIOUS, Registry, Version, figure_tags, version_key
-from tasks.tracking import Tracker, shown_uri
+from tasks.store_address import shown_uri
+from tasks.tracking import Tracker
 from tasks.workspace import Workspace
 
 Outcome = Literal["promoted", "candidate", "kept", "outdated"]

@@ -17,7 +17,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from nss.errors import StageError
 from nss.files import text_digest
-from tasks.tracking import Tracker, shown_uri, told
+from tasks.store_address import shown_uri, told
+from tasks.tracking import Tracker
 
 CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
 _FIGURES, _LOGGED = "nss.figures", "nss.logged_model"

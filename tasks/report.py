@@ -20,7 +20,8 @@ from tasks.reading import read_csv
 from tasks.report_facts import Facts, read_facts
 from tasks.report_pictures import cycle_pictures, examples
 from tasks.report_runs import Runs, find_runs, runs_of
-from tasks.tracking import Tracker, open_tracker, told, tracking_uri
+from tasks.store_address import told, tracking_uri
+from tasks.tracking import Tracker, open_tracker
 from tasks.workspace import Workspace
 
 PAGE = "report/index.html"

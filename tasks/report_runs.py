@@ -12,7 +12,8 @@ from mlflow.entities import Run
 from tasks.lineage import run_link
 from tasks.pipeline import Pipeline
 from tasks.registry import STORE_ERRORS
-from tasks.tracking import Tracker, open_tracker, tracking_uri
+from tasks.store_address import tracking_uri
+from tasks.tracking import Tracker, open_tracker
 from tasks.workspace import Workspace
 
 _STAGE = re.compile(r"nss\.stage\.(\w+)\.run_id")

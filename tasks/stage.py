@@ -13,10 +13,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from nss.errors import NssError, StageError, first_line
+from nss.errors import NssError, StageError
 from tasks.garbage import collect_as_usual
 from tasks.params import STAGES, Params, load_params
 from tasks.pipeline import LOG, RECEIPT, Pipeline, StageKey, full_disk
+from tasks.store_address import told, tracking_uri
 from tasks.workspace import Workspace, find_workspace, with_packages
 
 CYCLE = "NSS_CYCLE_RUN_ID"
@@ -97,17 +98,8 @@ class Record:
         try:
             action()
         except Exception as error:
-            reason = _reason(error, self.stage[0])
+            reason = told(error, tracking_uri(self.stage[0]))
             _say(f"warning: not logged to MLflow ({reason}); the next `nss run` makes up for it")
-
-
-def _reason(error: Exception, workspace: Workspace) -> str:
-    if isinstance(error, ImportError):
-        # It may be the import of the very module that hides passwords.
-        return first_line(error)
-    from tasks.tracking import told, tracking_uri
-
-    return told(error, tracking_uri(workspace))
 
 
 def _work(workspace: Workspace, params: Params, verb: str, key: StageKey) -> None:

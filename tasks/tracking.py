@@ -32,8 +32,9 @@ from mlflow.utils.rest_utils import http_request
 from sqlalchemy import Connection, create_engine, inspect, text
 from sqlalchemy.pool import NullPool
 
-from nss.errors import StageError, first_line
+from nss.errors import StageError
 from nss.files import replacing
+from tasks.store_address import SQLITE, shown_uri, tracking_uri
 from tasks.workspace import Workspace
 
 EXPERIMENT = "nss"
@@ -51,7 +52,6 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
-_SQLITE = "sqlite:///"
 # Of the lock in a PostgreSQL database: any number that nobody else in it uses.
 _LOCK = 0x6E7373
 
@@ -60,10 +60,6 @@ _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _PATIENCE_S = 5
 # How long to wait for others to write to an sqlite store.
 _WRITERS_S = 60
-# An address of any kind may hold a password, before the host or as a parameter like sslpassword.
-_PASSWORD = re.compile(
-    r"(://[^:/?#@]*:).*@|([?&](?:\w*(?:pass|pwd|token|secret)\w*|odbc_connect)=)[^&#]*", re.IGNORECASE
-)
 # MLflow alone waits two minutes for each of eight tries; a stage must not hang on its journal for a quarter of an hour.
 _LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
 
@@ -90,8 +86,8 @@ class Tracker:
     def __init__(self, uri: str, artifacts: Path, experiment: str = EXPERIMENT, packages: tuple[str, ...] = ()) -> None:
         self.uri, self.packages = uri, packages
         require_answer(uri)
-        if uri.startswith(_SQLITE):
-            create_database(Path(uri.removeprefix(_SQLITE)), artifacts)
+        if uri.startswith(SQLITE):
+            create_database(Path(uri.removeprefix(SQLITE)), artifacts)
         with _alone(uri):
             self.client = MlflowClient(tracking_uri=uri)
             # Behind a server, the server says where artifacts go.
@@ -202,31 +198,6 @@ def _metric(name: str, value: float, when: int, step: int) -> Metric:
     return Metric(_REFUSED.sub("_", name), float(value), when, step)
 
 
-def tracking_uri(workspace: Workspace) -> str:
-    """Return MLFLOW_TRACKING_URI, or the workspace's own sqlite file."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}{workspace.store / 'tracking.db'}"
-
-
-def shown_uri(uri: str) -> str:
-    """Return a store's address as it may be printed, without its password.
-
-    >>> shown_uri("postgresql://me:secret@host/db")
-    'postgresql://me:***@host/db'
-    """
-    return _PASSWORD.sub(lambda found: f"{found[1]}***@" if found[1] else f"{found[2]}***", uri)
-
-
-def told(error: BaseException, uri: str) -> str:
-    """Return the first line of an error of the store at `uri`, without the password: the clients repeat the address.
-
-    >>> told(OSError("no answer from http://me:secret@host/api"), "http://me:secret@host")
-    'no answer from http://me:***@host/api'
-    """
-    line = first_line(error).replace(uri.rstrip("/"), shown_uri(uri).rstrip("/"))
-    # What lies below the store's address may be spelled in another way than the user's.
-    return " ".join(shown_uri(word) for word in line.split(" "))
-
-
 def open_tracker(workspace: Workspace, experiment: str = "") -> Tracker:
     """Connect to the workspace's tracking store, creating it when it is a database that does not exist yet.
 
@@ -292,7 +263,7 @@ def create_database(path: Path, artifacts: Path) -> None:
     with FileLock(path.with_name(".lock")):
         if not path.exists():
             with replacing(path) as part:
-                _experiment(MlflowClient(tracking_uri=f"{_SQLITE}{part}"), artifacts, EXPERIMENT)
+                _experiment(MlflowClient(tracking_uri=f"{SQLITE}{part}"), artifacts, EXPERIMENT)
 
 
 def follow(path: Path, artifacts: Path) -> None:
@@ -321,7 +292,7 @@ def _tail(artifacts: Path) -> str:
 @contextmanager
 def _connected(path: Path) -> Iterator[Connection]:
     """Be in one transaction of an sqlite store."""
-    engine = create_engine(f"{_SQLITE}{path}", poolclass=NullPool, connect_args={"timeout": _WRITERS_S})
+    engine = create_engine(f"{SQLITE}{path}", poolclass=NullPool, connect_args={"timeout": _WRITERS_S})
     with engine.begin() as connection:
         yield connection
 

@@ -26,7 +26,7 @@ class Server(SimpleNamespace):
         return Server(wait=lambda: None, is_temporary=True)
 
 
-def run_cycle(workspace, *, retries, tell):
+def run_cycle(workspace, *, retries, tell, recorder):
     for stage in ("base", "profile"):
         sys.stderr.write(f"a note on {stage}\\n")
         tell(SimpleNamespace(stage=stage))

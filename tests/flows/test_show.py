@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from flows.maintain import CycleReport, RegisteredVersion, StageReport, figures_of
+from flows.maintain import CycleReport, StageReport, figures_of
 from flows.show import stage_line, summary
 from nss.files import write_json
+from tasks.recorder import RegisteredVersion
 from tasks.workspace import Workspace
 
 

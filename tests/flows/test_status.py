@@ -10,11 +10,14 @@ import pytest
 from flows import doctor, show
 from flows import status as module
 from flows.deployment import Deployment
-from flows.maintain import CycleReport, _Cycle
+from flows.maintain import CycleReport
 from nss.files import write_json
+from tasks.cycle import Cycle
+from tasks.params import load_params
 from tasks.tracking import open_tracker
 from tasks.workspace import Workspace
 
+ROOT = Path(__file__).resolve().parents[2]
 CYCLE = {
     "run_id": "0b5e",
     "status": "FINISHED",
@@ -132,9 +135,12 @@ def test_of_two_workspaces_on_one_store_each_shows_its_own_last_cycle(
     # As it was logged before runs named their workspace.
     tracker.client.create_run(tracker.experiment_id, tags={"nss.kind": "cycle"})
     assert [look(each)["last_cycle"] for each in (one, two)] == [None, None]
-    first = _Cycle(one)
+    params = load_params(ROOT / "params.yaml")
+    first = Cycle(one, params, print)
+    first.open("")
     first.end("FINISHED")
-    second = _Cycle(two)
+    second = Cycle(two, params, print)
+    second.open("")
     assert second.run_id != first.run_id != ""
     found = [look(each)["last_cycle"] for each in (one, two)]
     assert [(each["run_id"], each["status"]) for each in found] == [

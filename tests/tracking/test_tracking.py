@@ -16,7 +16,8 @@ import nss
 from nss.errors import StageError
 from nss.model import model_digest
 from tasks.report import log_cycle
-from tasks.tracking import Tracker, create_database, require_answer, shown_uri, tracking_uri
+from tasks.store_address import shown_uri, tracking_uri
+from tasks.tracking import Tracker, create_database, require_answer
 from tasks.workspace import Workspace
 
 
