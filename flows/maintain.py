@@ -141,14 +141,14 @@ def maintain(root: str, retries: int = 0) -> CycleReport:
 def _log_report(run_id: str, workspace: Workspace, closed: Closed) -> None:
     """Log the page about the cycle, and the card of the version that it led to."""
     call = (str(workspace.root), run_id, *closed.made_by)
-    if begun := hand_over("tasks.report", "log_cycle", *call):
-        if (code := begun.wait()) > 1:
-            _warn([f"no report in MLflow (its process ended with {code}); `nss report` writes it"])
-        return
-    # It draws: a cycle in which nothing ran need not import all that.
-    from tasks.report import log_cycle
-
     try:
+        if begun := hand_over("tasks.report", "log_cycle", *call):
+            if (code := begun.wait()) > 1:
+                _warn([f"no report in MLflow (its process ended with {code}); `nss report` writes it"])
+            return
+        # It draws: a cycle in which nothing ran need not import all that.
+        from tasks.report import log_cycle
+
         log_cycle(*call)
     except Exception as error:
         _warn([f"no report in MLflow ({told(error, tracking_uri(workspace))}); `nss report` writes it"])
@@ -201,7 +201,7 @@ class _Cycle:
     """The MLflow run of a cycle, as the recorder keeps it; what it answers is waited for when it is needed."""
 
     def __init__(self, recorder: Recorder) -> None:
-        self._recorder, self._opened = recorder, recorder.call("open", _flow_run_id())
+        self._recorder, self._opened = recorder, recorder.call("open", _flow_run_id(), process_id())
 
     @cached_property
     def opened(self) -> Opened:

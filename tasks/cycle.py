@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from tasks import journal, promotion, register
 from tasks.params import Params
 from tasks.pipeline import StageKey
-from tasks.provenance import WORKSPACE, provenance_tags, workspace_id
+from tasks.provenance import PROCESS, WORKSPACE, provenance_tags, workspace_id
 from tasks.recorder import Closed, Opened, RegisteredVersion
 from tasks.recovery_runs import end_runs
 from tasks.register import Registered
@@ -36,17 +36,21 @@ class Cycle:
         self.is_silent = False
         self.run_id, self.run_ids = "", dict[str, str]()
 
-    def open(self, flow_run: str) -> Opened:
-        """End the runs of processes that died and begin the cycle's. flow_run: id of Prefect's run, or nothing."""
+    def open(self, flow_run: str, process: str = "") -> Opened:
+        """End the runs of processes that died and begin the cycle's.
+
+        flow_run: id of Prefect's run, or nothing. process: whose cycle it is, by default this one's.
+        """
         for line in end_runs(self.workspace):
             self.tell(line)
-        self.run_id = self._try(lambda: self._begin(flow_run))
+        self.run_id = self._try(lambda: self._begin(flow_run, process))
         return Opened(self.run_id, self.tracker.experiment_id if self.tracker else "")
 
-    def _begin(self, flow_run: str) -> str:
+    def _begin(self, flow_run: str, process: str) -> str:
         self.tracker = open_tracker(self.workspace)
         about = {WORKSPACE: workspace_id(self.workspace, make=True), **provenance_tags(self.workspace)}
-        tags = {"nss.kind": "cycle", **about, **({"nss.prefect_flow_run": flow_run} if flow_run else {})}
+        given = {"nss.prefect_flow_run": flow_run, PROCESS: process}
+        tags = {"nss.kind": "cycle", **about, **{name: value for name, value in given.items() if value}}
         return str(self.tracker.client.create_run(self.tracker.experiment_id, tags=tags, run_name="cycle").info.run_id)
 
     def resume(self) -> None:

@@ -104,6 +104,9 @@ class Beside:
     """
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -127,17 +130,22 @@ class Beside:
         self._process.wait()
 
     def start(self, workspace: Workspace, params: Params) -> None:
-        """Begin a cycle."""
+        """Begin a cycle, with a process anew when the one before has ended: Prefect may try a flow again."""
+        if self._line.closed:
+            self._begin()
         self.call("start", workspace, params)
 
     def call(self, name: str, *args: object) -> Reply:
         """Have a method called. Its reply raises what this call or one before it raised, CrashError without process."""
-        self._asked += 1
-        number = self._asked
         try:
             self._line.send((name, args))
         except OSError:
             raise _gone() from None
+        except BaseException:
+            self._is_cut = True
+            raise
+        self._asked += 1
+        number = self._asked
         return lambda: self._answer(number)
 
     def _answer(self, number: int) -> Any:
@@ -169,11 +177,16 @@ class Beside:
             self.call("end", status)
             if not self._is_cut:
                 self._wait(self._asked)
+            self._line.close()
+            self._process.wait()
         except CrashError:
             # Its runs are ended by the next cycle, as those of any process that died.
             return
-        self._line.close()
-        self._process.wait()
+        except BaseException:
+            # It must not work on when we let go of the locks.
+            self._process.kill()
+            self._process.wait()
+            raise
 
 
 def _gone() -> CrashError:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import traceback
+from collections import deque
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +23,24 @@ if TYPE_CHECKING:
 # MLflow imports it only when it is used.
 _DATABASES = "mlflow.store.tracking.sqlalchemy_store"
 _PR_SET_PDEATHSIG = 1
+KILLED = ("end", ("KILLED",))
+"""the request that makes those before it needless, but for those without which there is no run to end"""
+_ALWAYS = ("start", "open", "end")
 
 
 def serve(line: Connection) -> None:
     """Answer one call after another until nobody is left who could ask: (lines to tell, value, error)."""
     lines: list[str] = []
     cycle: Cycle | None = None
-    while (request := _next(line)) is not None:
+    waiting: deque[Any] = deque()
+    while (request := _next(line, waiting)) is not None:
         name, args = request
         value, error = None, None
         try:
-            if name == "start":
+            if name not in _ALWAYS and KILLED in waiting:
+                # Whoever was interrupted wants no more than the run ended.
+                pass
+            elif name == "start":
                 cycle = _cycle(lines, *args)
             else:
                 value = getattr(cycle, name)(*args)
@@ -42,11 +50,14 @@ def serve(line: Connection) -> None:
         lines.clear()
 
 
-def _next(line: Connection) -> Any:
+def _next(line: Connection, waiting: deque[Any]) -> Any:
+    """Return the next request, None at the end; all that has been sent waits in order."""
     try:
-        return line.recv()
+        while not waiting or line.poll():
+            waiting.append(line.recv())
     except (EOFError, OSError):
-        return None
+        pass
+    return waiting.popleft() if waiting else None
 
 
 def _cycle(lines: list[str], workspace: Workspace, params: Params) -> Cycle:
@@ -82,7 +93,8 @@ if __name__ == "__main__":
     _end_with(int(sys.argv[2]))
     # Whoever asks is told, and ends what we do.
     for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
+        # Not ignored, which git and what it starts would inherit.
+        signal.signal(each, lambda *_: None)
     collect_rarely()
     importlib.import_module("tasks.cycle")
     importlib.import_module(_DATABASES)

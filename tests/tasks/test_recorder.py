@@ -18,7 +18,7 @@ import pytest
 from nss.errors import CrashError, StageError
 from nss.files import write_json
 from tasks.params import Params, load_params
-from tasks.processes import is_dead
+from tasks.processes import is_dead, process_id
 from tasks.provenance import PROCESS
 from tasks.recorder import Beside, Here, Recorder, beside
 from tasks.recovery_runs import end_runs
@@ -138,14 +138,37 @@ def test_a_process_that_is_gone_is_a_crash_and_its_run_is_ended_by_who_comes_nex
     other: Beside, workspace: Workspace, params: Params
 ) -> None:
     other.start(workspace, params)
-    opened = other.call("open", "")()
-    assert run_of(workspace, opened.run_id).data.tags[PROCESS].split(":")[1] == str(other._process.pid)
+    opened = other.call("open", "", process_id(other._process.pid))()
     process_of(other).kill()
     other._process.wait()
     with pytest.raises(CrashError, match="the process that keeps the cycle's MLflow run has ended"):
         other.call("resume")()
     other.end("FAILED")
     assert end_runs(workspace) == [f"MLflow run {opened.run_id} (cycle) of a process that has died: KILLED"]
+
+
+@on_linux
+def test_what_waits_when_the_cycle_is_interrupted_is_not_done(
+    other: Beside, workspace: Workspace, params: Params
+) -> None:
+    other.start(workspace, params)
+    opened = other.call("open", "")
+    # All are sent while the process still imports.
+    other.call("close", {"base": "cached"}, {"base/loss": 0.25})
+    other.end("KILLED")
+    run = run_of(workspace, opened().run_id)
+    assert (run.info.status, run.data.metrics) == ("KILLED", {})
+
+
+@on_linux
+def test_a_flow_that_is_tried_again_has_a_process_anew(other: Beside, workspace: Workspace, params: Params) -> None:
+    other.start(workspace, params)
+    first = other.call("open", "")()
+    other.end("FAILED")
+    other.start(workspace, params)
+    second = other.call("open", "")()
+    other.end("FINISHED")
+    assert [run_of(workspace, each.run_id).info.status for each in (first, second)] == ["FAILED", "FINISHED"]
 
 
 @on_linux
