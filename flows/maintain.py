@@ -16,7 +16,7 @@ from prefect import flow, tags
 from prefect.context import FlowRunContext
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
-from nss.errors import StageError
+from nss.errors import NssError, StageError
 from nss.files import read_json
 from tasks.champion import read_champion
 from tasks.committed import require_committed
@@ -118,8 +118,15 @@ def maintain(root: str, retries: int = 0) -> CycleReport:
         changed = refresh_code(workspace)
         if changed and (workspace.root / "dvc.lock").exists():
             _note([f"the code has changed, of nss or of your own modules, in {', '.join(changed)}"])
-        require_data(pipeline)
-        require_champion(pipeline)
+        try:
+            require_data(pipeline)
+            require_champion(pipeline)
+        except NssError:
+            # No cycle begins, which would have put MLflow's runs in order.
+            from tasks.recovery_runs import end_runs
+
+            _note(end_runs(workspace))
+            raise
         with _cycle(workspace, params) as cycle:
             stages = tuple(_stage(pipeline, name, cycle, warm, retries) for name in pipeline.stages())
             closed = cycle.close(stages)

@@ -247,3 +247,17 @@ def test_the_identity_that_a_run_bears_is_that_of_a_living_process(workspace: Wo
     recorder.start(workspace, params)
     opened = recorder.call("open", "")()
     assert not is_dead(run_of(workspace, opened.run_id).data.tags[PROCESS])
+
+
+def test_a_cycle_that_cannot_begin_ends_the_runs_of_the_dead_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for command in (["git", "init", "-q"], ["nss", "init"]):
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    dead = f"{socket.gethostname()}:999999999:1.00"
+    run = open_tracker(Workspace(tmp_path)).open("dead", {"stage_key": "x"}, {PROCESS: dead})
+    done = subprocess.run(["nss", "run"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"MLflow run {run.info.run_id} (dead) of a process that has died: KILLED\nerror: ")
+    assert run_of(Workspace(tmp_path), run.info.run_id).info.status == "KILLED"
