@@ -118,15 +118,7 @@ def maintain(root: str, retries: int = 0) -> CycleReport:
         changed = refresh_code(workspace)
         if changed and (workspace.root / "dvc.lock").exists():
             _note([f"the code has changed, of nss or of your own modules, in {', '.join(changed)}"])
-        try:
-            require_data(pipeline)
-            require_champion(pipeline)
-        except NssError:
-            # No cycle begins, which would have put MLflow's runs in order.
-            from tasks.recovery_runs import end_runs
-
-            _note(end_runs(workspace))
-            raise
+        _require_sources(pipeline)
         with _cycle(workspace, params) as cycle:
             stages = tuple(_stage(pipeline, name, cycle, warm, retries) for name in pipeline.stages())
             closed = cycle.close(stages)
@@ -159,6 +151,18 @@ def _log_report(run_id: str, workspace: Workspace, closed: Closed) -> None:
         log_cycle(*call)
     except Exception as error:
         _warn([f"no report in MLflow ({told(error, tracking_uri(workspace))}); `nss report` writes it"])
+
+
+def _require_sources(pipeline: Pipeline) -> None:
+    try:
+        require_data(pipeline)
+        require_champion(pipeline)
+    except NssError:
+        # No cycle begins, which would have put MLflow's runs in order.
+        from tasks.recovery_runs import end_runs
+
+        _note(end_runs(pipeline.workspace))
+        raise
 
 
 def require_data(pipeline: Pipeline) -> None:

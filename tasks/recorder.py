@@ -138,6 +138,9 @@ class Beside:
     def call(self, name: str, *args: object) -> Reply:
         """Have a method called. Its reply raises what this call or one before it raised, CrashError without process."""
         try:
+            # What was answered meanwhile may hold a warning, which is not to wait for the end of a long cycle.
+            while not self._is_cut and self._line.poll():
+                self._receive()
             self._line.send((name, args))
         except OSError:
             raise _gone() from None
@@ -158,18 +161,21 @@ class Beside:
 
     def _wait(self, number: int) -> None:
         while len(self._answers) < number:
-            try:
-                lines, value, error = self._line.recv()
-            except (EOFError, OSError):
-                raise _gone() from None
-            except BaseException:
-                # A signal, maybe in the middle of an answer: nothing can be read from here on.
-                self._is_cut = True
-                raise
-            self._answers.append(value)
-            self._failed += [error] if error else []
-            for line in lines:
-                _say(line)
+            self._receive()
+
+    def _receive(self) -> None:
+        try:
+            lines, value, error = self._line.recv()
+        except (EOFError, OSError):
+            raise _gone() from None
+        except BaseException:
+            # A signal, maybe in the middle of an answer: nothing can be read from here on.
+            self._is_cut = True
+            raise
+        self._answers.append(value)
+        self._failed += [error] if error else []
+        for line in lines:
+            _say(line)
 
     def end(self, status: str) -> None:
         """End the cycle's run and the process."""

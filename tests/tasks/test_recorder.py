@@ -148,6 +148,19 @@ def test_a_process_that_is_gone_is_a_crash_and_its_run_is_ended_by_who_comes_nex
 
 
 @on_linux
+def test_a_warning_is_told_by_the_next_call_and_not_only_by_an_answer_that_is_awaited(
+    no_answer: str, other: Beside, workspace: Workspace, params: Params, capsys
+) -> None:
+    other.start(workspace, params)
+    other.call("open", "")
+    # Until both have been answered, whatever nobody has read yet.
+    while not (other._line.poll(PATIENCE_S) and len(other._answers) + 1 >= 2):
+        other._receive()
+    other.call("resume")
+    assert f"not logged to MLflow (no answer from {no_answer} within 5 seconds)" in capsys.readouterr().err
+
+
+@on_linux
 def test_what_waits_when_the_cycle_is_interrupted_is_not_done(
     other: Beside, workspace: Workspace, params: Params
 ) -> None:
