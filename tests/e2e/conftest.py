@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -112,7 +111,6 @@ def environment(root: Path, home: Path) -> dict[str, str]:
     return {
         **env,
         **names,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]]),
         "PYTHONPATH": str(root),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PREFECT_HOME": str(home),

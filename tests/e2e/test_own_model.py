@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,8 +89,7 @@ def environment(home: Path, server: str) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     for role in ("AUTHOR", "COMMITTER"):
         env |= {f"GIT_{role}_NAME": "t", f"GIT_{role}_EMAIL": "t@example.org"}
-    path = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
-    return {**env, "PATH": path, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(home), "PREFECT_API_URL": server}
+    return {**env, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(home), "PREFECT_API_URL": server}
 
 
 @pytest.fixture(scope="module")

@@ -74,8 +74,7 @@ def environment(home: Path) -> dict[str, str]:
     foreign = ("MLFLOW_", "PREFECT_", "DVC_", "NSS_")
     env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     quiet = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_SERVER_LOGGING_LEVEL": "ERROR"}
-    path = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])}
-    return {**env, **quiet, **path, "PREFECT_HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
+    return {**env, **quiet, "PREFECT_HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def answers(url: str) -> bool:

@@ -135,8 +135,7 @@ def sleeper(toy: Workspace, command) -> Workspace:
 
 
 def begin(toy: Workspace, runner: list[str]) -> tuple[subprocess.Popen[bytes], psutil.Process]:
-    env = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
-    env.pop("DVC_STAGE", None)
+    env = {name: value for name, value in os.environ.items() if name != "DVC_STAGE"}
     process = subprocess.Popen(runner, cwd=toy.root, env=env)
     wait_for(lambda: (toy.root / "pid").exists() and bool((toy.root / "pid").read_text()))
     return process, psutil.Process(int((toy.root / "pid").read_text()))

@@ -140,12 +140,10 @@ def served(tracker: Tracker, champion: str, tmp_path: Path) -> Iterator[str]:
     """Yield the address of a real `mlflow models serve`."""
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", champion, "--env-manager", "local"]
-    # MLflow starts uvicorn by its name.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     with (tmp_path / "served.log").open("w") as log:
         process = subprocess.Popen(
             [*command, "--port", str(port)],
-            env={**os.environ, "MLFLOW_TRACKING_URI": tracker.uri, "PATH": path},
+            env={**os.environ, "MLFLOW_TRACKING_URI": tracker.uri},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
