@@ -7,10 +7,12 @@ the longer of the two.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from tasks.workspace import Workspace
 
 _STDERR = 2
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 Reply = Callable[[], Any]
 """Waits for the answer to a call and returns it, or raises what the call raised."""
@@ -108,7 +111,7 @@ class Beside:
 
     def _begin(self) -> None:
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, _held_back():
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "tasks.recorder_process", str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
@@ -193,6 +196,16 @@ class Beside:
             self._process.kill()
             self._process.wait()
             raise
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Have a process that begins here learn of no signal before it lets them through, as ours does when it is ready."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _gone() -> CrashError:

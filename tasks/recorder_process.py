@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nss.errors import CrashError, NssError, first_line
 from tasks.garbage import collect_as_usual, collect_rarely
+from tasks.recorder import STOPPING
 
 if TYPE_CHECKING:
     from tasks.cycle import Cycle
@@ -76,8 +77,11 @@ def _send(line: Connection, answer: tuple[Any, ...]) -> None:
 
 def _carried(error: Exception) -> Exception:
     """Return what can be raised in another process; a fault of ours is told here, where it comes from."""
-    if isinstance(error, NssError | OSError):
+    if isinstance(error, NssError):
         return error
+    if isinstance(error, OSError):
+        # A library's own may hold what can't be sent, such as an answer that it still reads.
+        return error if type(error).__module__ == "builtins" else OSError(first_line(error))
     traceback.print_exception(error)
     return CrashError(first_line(error), where="tasks.recorder_process")
 
@@ -92,9 +96,11 @@ def _end_with(parent: int) -> None:
 if __name__ == "__main__":
     _end_with(int(sys.argv[2]))
     # Whoever asks is told, and ends what we do.
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in STOPPING:
         # Not ignored, which git and what it starts would inherit.
         signal.signal(each, lambda *_: None)
+    # Until here they waited: whoever began us holds them back.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     collect_rarely()
     importlib.import_module("tasks.cycle")
     importlib.import_module(_DATABASES)

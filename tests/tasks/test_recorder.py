@@ -9,18 +9,25 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from email.message import Message
+from io import BytesIO
+from multiprocessing import Pipe
 from pathlib import Path
+from threading import Thread
 from typing import Any
+from urllib.error import HTTPError
 
 import psutil
 import pytest
 
 from nss.errors import CrashError, StageError
 from nss.files import write_json
+from tasks.cycle import Cycle
 from tasks.params import Params, load_params
 from tasks.processes import is_dead, process_id
 from tasks.provenance import PROCESS
 from tasks.recorder import Beside, Here, Recorder, beside
+from tasks.recorder_process import serve
 from tasks.recovery_runs import end_runs
 from tasks.tracking import open_tracker
 from tasks.workspace import Workspace
@@ -133,6 +140,29 @@ def test_a_fault_of_ours_is_a_crash_that_says_where_it_comes_from(workspace: Wor
     assert "params.base.packages" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "raised",
+    [HTTPError("http://store", 503, "try later", Message(), BytesIO()), PermissionError(13, "not yours", "log")],
+)
+def test_what_a_library_of_ours_raises_arrives_even_when_it_cannot_be_sent(
+    raised: OSError, workspace: Workspace, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: Cycle) -> None:
+        raise raised
+
+    monkeypatch.setattr(Cycle, "resume", fails)
+    ours, theirs = Pipe()
+    for request in (("start", (workspace, params)), ("resume", ()), ("end", ("FAILED",))):
+        ours.send(request)
+    answering = Thread(target=serve, args=(theirs,))
+    answering.start()
+    answers = [ours.recv() for _ in range(3)]
+    ours.close()
+    answering.join(PATIENCE_S)
+    assert [str(error) for _, _, error in answers] == ["None", str(raised), "None"]
+    assert isinstance(answers[1][2], OSError)
+
+
 @on_linux
 def test_a_process_that_is_gone_is_a_crash_and_its_run_is_ended_by_who_comes_next(
     other: Beside, workspace: Workspace, params: Params
@@ -195,6 +225,25 @@ def test_signals_to_the_whole_group_leave_it_to_us_how_the_run_ends(
     other.end("KILLED")
     assert other._process.returncode == 0
     assert run_of(workspace, opened.run_id).info.status == "KILLED"
+
+
+@on_linux
+def test_signals_before_it_is_ready_wait_and_ours_are_let_through_again(
+    workspace: Workspace, params: Params, capfd
+) -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with Beside() as other:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            process_of(other).send_signal(number)
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+        other.start(workspace, params)
+        opened = other.call("open", "")()
+        process_of(other).send_signal(signal.SIGINT)
+        other.end("KILLED")
+        assert other._process.returncode == 0
+    assert run_of(workspace, opened.run_id).info.status == "KILLED"
+    assert capfd.readouterr().err == ""
+    assert not {signal.SIGINT, signal.SIGTERM} & before
 
 
 @on_linux
