@@ -6,9 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -52,6 +53,13 @@ def _problems_of(root: Path, source: Path | str, **options: Any) -> tuple[str, .
         add_batch(root, source, **options)
     assert (_snapshot(root), root.exists()) == (before, existed)
     return caught.value.problems
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """Undo what a test's commands set in this process's environment, which those of later tests would inherit."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")
