@@ -24,7 +24,7 @@ CHAIN = (2, 2, 2, 2, 2)
 """classes of each task"""
 BASE = 12_000
 """training images of the first task that the base models see"""
-SHARE = 0.7
+SHARE = 0.85
 """of each layer's neurons that hold the old knowledge: extend's default"""
 PER_CLASS = 500
 """training images of each class that the profile is of"""

@@ -95,7 +95,7 @@ PROTOCOL = {
     "told": "among the classes of the image's own task: told_old, told_new; not told, among all: old_accuracy, "
     "new_accuracy, accuracy; before: of the base model on the old test images; told_lost: before less told_old",
     "replay": "that share of each old class; half of each batch is old, repeated as often as it takes: twice as many "
-    "steps, to see each new image as often as without",
+    "steps, to see each new image as often as without; of nss a third, and half as many steps more",
     JOINT: "from a new initialisation, with all old images, half of each batch",
     DEEPARC: f"modules by CKA on {PROBE} old images as in rq3; layers and norms that are no interface are trained, "
     "with their statistics, and the head",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nss.errors import DataError, ModelError
 from nss.model import device_of, evaluating
+from nss.pixels import as_floats
 
 BY_FOOLBOX = ("deepfool", "carlini-wagner")
 
@@ -107,7 +108,7 @@ def foolbox_attack(
 
 def _pixels(images: Tensor, labels: Tensor) -> Tensor:
     """Return the images as floats 0..1."""
-    pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    pixels = as_floats(images).float()
     if images.dim() != 4 or len(images) != len(labels):
         raise DataError(f"images {list(images.shape)} and labels {list(labels.shape)}", allowed="[n, c, h, w] and [n]")
     if pixels.numel() and not (float(pixels.min()) >= 0 and float(pixels.max()) <= 1):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nss.errors import DataError
 from nss.files import read_json, text_digest, write_json
+from nss.pixels import joined_images
 from nss.tensor_files import read_tensors, write_tensors
 
 FORMAT = 1
@@ -396,4 +397,4 @@ def _regroup(pieces: Iterator[tuple[Tensor, Tensor]], size: int) -> Iterator[tup
 def _join(pieces: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     if len(pieces) == 1:
         return pieces[0]
-    return torch.cat([images for images, _ in pieces]), torch.cat([labels for _, labels in pieces])
+    return joined_images([images for images, _ in pieces]), torch.cat([labels for _, labels in pieces])

@@ -21,8 +21,8 @@ from nss.steps import descend, passes_of, sgd
 from nss.wiring import Columns, last_column
 
 _LOG = logging.getLogger(__name__)
-# So many old images join each step, for each new one.
 OLD_PER_NEW = 0.5
+"""old images in each batch for each new one, when old images are replayed"""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def train_column(
     network, device = cast(Columns, model.network), device_of(model)
     known = len(model.spec.classes) - model.spec.tasks[-1].classes
     generator = torch.Generator().manual_seed(seed)
-    size = min(settings.batch_size, len(new))
+    fresh = int(settings.batch_size / (1 + OLD_PER_NEW)) if len(memory) else settings.batch_size
+    size = min(max(1, fresh), len(new))
     each_epoch = passes_of(len(new), size) * (len(new) // size)
     steps = settings.epochs * each_epoch
     curve, orders = [], batches(len(new), steps, size, generator)

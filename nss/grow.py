@@ -59,7 +59,7 @@ def condense(
     old_data: Data,
     *,
     profile: Profile | None = None,
-    share: float = 0.7,
+    share: float = 0.85,
     seed: int = 0,
 ) -> Classifier:
     """Return `model` with its knowledge in its critical neurons alone, and with what tells its classes from later ones.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nss.data import Data, Dataset, iter_batches, train_part, val_part
 from nss.errors import NssError
+from nss.pixels import joined_images
 
 # Of each class so much is held out, where that makes at least so many images in all: fewer say too little.
 HELD_OUT = 0.1
@@ -38,7 +39,7 @@ def whole(data: Data) -> Samples:
     rows = list(iter_batches(data, 1024))
     if not rows:
         return Samples(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-    return Samples(torch.cat([images for images, _ in rows]), torch.cat([labels for _, labels in rows]))
+    return Samples(joined_images([images for images, _ in rows]), torch.cat([labels for _, labels in rows]))
 
 
 def parts(data: Data, seed: int) -> tuple[Samples, Samples]:
@@ -87,11 +88,7 @@ def joined(left: Samples, right: Samples) -> Samples:
     """Return the samples of both; uint8 images beside floats become floats 0..1, as a model would have read them."""
     if not len(left) or not len(right):
         return left if len(left) else right
-    images = [left.images, right.images]
-    if left.images.dtype != right.images.dtype:
-        # torch.cat alone would make floats 0..255 of them.
-        images = [each.float() / 255 if each.dtype == torch.uint8 else each for each in images]
-    return Samples(torch.cat(images), torch.cat([left.labels, right.labels]))
+    return Samples(joined_images([left.images, right.images]), torch.cat([left.labels, right.labels]))
 
 
 def drawn(labels: Tensor, share: float, seed: int, least: int = 0) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 
 from nss import operations as ops
 from nss.anatomy import Anatomy, dissect
@@ -95,19 +96,23 @@ class Columns(nn.Module):
         if not own and step.axis is None:
             return self._call(step, 0, values)
         if step.axis is not None and own:
-            source = step.reads[0]
-            for column in range(1, len(self.columns)):
-                if (source, column) not in joined:
-                    joined[source, column] = torch.cat(values[source][: column + 1], step.axis)
-            return _ByColumn(
-                self._call(step, column, values, joined.get((source, column))) for column in range(len(self.columns))
-            )
+            return _ByColumn(self._read(step, column, values, joined) for column in range(len(self.columns)))
         return _ByColumn(self._call(step, column, values) for column in range(len(self.columns)))
 
-    def _call(self, step: _Step, column: int, values: list[Any], joined: Tensor | None = None) -> Any:
+    def _read(self, step: _Step, column: int, values: list[Any], joined: dict[tuple[int, int], Tensor]) -> Tensor:
+        """Run a layer of one column on what all columns up to it computed."""
+        layer = cast(Layer, self.columns[column].get_submodule(step.target))
+        if column and layer.training and torch.is_grad_enabled():
+            earlier = _up_to(step, column - 1, values, joined)
+            if not earlier.requires_grad:
+                return _in_two(layer, earlier, values[step.reads[0]][column])
+        result: Tensor = layer(_up_to(step, column, values, joined))
+        return result
+
+    def _call(self, step: _Step, column: int, values: list[Any]) -> Any:
         def filled(arg: Any) -> Any:
             if isinstance(arg, _Value):
-                value = values[arg.step] if joined is None else joined
+                value = values[arg.step]
                 return value[column] if isinstance(value, _ByColumn) else value
             return arg
 
@@ -121,6 +126,32 @@ class Columns(nn.Module):
 
 class _ByColumn(tuple[Any, ...]):
     """A value for each column."""
+
+
+def _up_to(step: _Step, column: int, values: list[Any], joined: dict[tuple[int, int], Tensor]) -> Tensor:
+    """Return what a layer reads: of all columns up to that number, put together once for all that read it."""
+    source = step.reads[0]
+    parts: _ByColumn = values[source]
+    if not column:
+        first: Tensor = parts[0]
+        return first
+    if (source, column) not in joined:
+        joined[source, column] = torch.cat(parts[: column + 1], cast(int, step.axis))
+    return joined[source, column]
+
+
+def _in_two(layer: Layer, earlier: Tensor, own: Tensor) -> Tensor:
+    """Return what a layer makes of both, as it does of both put together, up to the order of its sums.
+
+    Backwards it would compute the gradient of all that it has read, also where nobody asks for it: of the earlier
+    columns, which are frozen, and the larger part.
+    """
+    weight, bias = layer.weight, layer.bias
+    count = weight.shape[1] - own.shape[-1 if isinstance(layer, nn.Linear) else 1]
+    none = {} if bias is None else {"bias": torch.zeros_like(bias)}
+    of_earlier: Tensor = functional_call(layer, {"weight": weight[:, :count]}, (earlier,))
+    of_own: Tensor = functional_call(layer, {"weight": weight[:, count:], **none}, (own,))
+    return of_earlier + of_own
 
 
 def _program(anatomy: Anatomy) -> tuple[_Step, ...]:

@@ -225,8 +225,8 @@ def test_a_chain_forgets_nothing_when_told() -> None:
     assert rows[0]["told_forgetting"] == 0.0
     assert matrix[1, 1]["told"] == matrix[2, 1]["told"] == matrix[3, 1]["told"] == matrix[1, 1]["accuracy"]
     hidden = next(row for row in rows if row.get("layer") == "hidden")
-    assert hidden["used"] == [179, 77, 77]
-    assert (hidden["total"], hidden["free"], hidden["widened"]) == (256, 0, 77)
+    assert hidden["used"] == [218, 77, 77]
+    assert (hidden["total"], hidden["free"], hidden["widened"]) == (256, 0, 116)
     peers = Chain(subject, GRID).peers()
     assert {row["method"] for row in peers if row.get("chosen")} == set(CHAINED)
     assert sum("val" in row for row in peers) == 3

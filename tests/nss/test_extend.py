@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nss import extend_course
 from nss.base import train
 from nss.critical import critical_neurons
 from nss.data import Batch, Dataset, batch_digest
@@ -199,6 +200,32 @@ def test_replay_takes_its_share_of_each_class_and_one_at_least(kit: Kit) -> None
     result = extend(ready, None, new, 1.0, old_data=named(data, ("ant", "bee"), data.labels < 2), **PLENTY)  # type: ignore[arg-type]
     assert torch.equal(logits_of(result.model, data.images)[:, :2], logits_of(ready, data.images))
     assert told_accuracy(result.model, data.split("test"))["all"][1] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("size", "replay", "expected"), [(12, 1.0, (8, 4)), (12, 0.0, (12, 0)), (1, 1.0, (2, 1)), (10, 1.0, (6, 3))]
+)
+def test_of_a_batch_that_replays_a_third_is_old(
+    size: int, replay: float, expected: tuple[int, int], kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, ready, data = kit
+    batches = []
+    loss = extend_course._loss
+
+    def noted(model: Classifier, images: Tensor, labels: Tensor, known: int, replayed: bool) -> Tensor:
+        batches.append((int((labels >= known).sum()), int((labels < known).sum())))
+        return loss(model, images, labels, known, replayed)
+
+    monkeypatch.setattr("nss.extend_course._loss", noted)
+    old = named(data, ("ant", "bee"), data.labels < 2)
+    new = named(data, data.classes, data.labels >= 2)
+    count = int((new.split("train").labels >= 2).sum())
+    done = extend(ready, None, new, replay, old_data=old, epochs=1, batch_size=size)
+    assert set(batches) == {expected}
+    # A norm takes no statistics of a single image: of such a batch the image is there twice.
+    each = 1 if size == 1 else expected[0]
+    assert done.report.steps == len(batches)
+    assert count - each < len(batches) * each <= count
 
 
 def test_known_classes_among_the_new_samples_are_replayed_and_not_learned_anew(kit: Kit) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nss.errors import ExtendError
 from nss.mask import ChannelMask
@@ -100,6 +102,47 @@ def test_a_later_column_reads_everything_before_it_as_the_formula_says() -> None
     assert new.mid.weight.shape == (2, 5, 1, 1)
     assert new.head.in_features == (3 + 2) * 4
     assert torch.allclose(logits[1], expected, atol=1e-6)
+
+
+class Backward(TorchDispatchMode):
+    """Notes of every backward pass of a convolution how many channels it read, and whether their gradient was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[int, bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution_backward.default:
+            self.made.append((args[1].shape[1], args[-1][0]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_column_in_training_computes_the_same_and_no_gradient_of_what_is_frozen(bias: bool) -> None:
+    torch.manual_seed(0)
+    columns: list[TwoLayers] = []
+    for hidden in (3, 4, 2):
+        column = TwoLayers(hidden, 2)
+        column.mid = nn.Conv2d(hidden, hidden, 1, bias=bias)
+        if columns:
+            read_earlier(column, columns, (1, 4, 4))
+        columns.append(column)
+    network, x = joined(columns, (1, 4, 4), (2, 2, 2)), torch.randn(5, 1, 4, 4)
+    own = columns[-1]
+    whole, _ = network.parts(x)
+    asked = [own.conv.weight, own.mid.weight, own.head.weight, own.head.bias]
+    asked += [own.mid.bias] if own.mid.bias is not None else []
+    expected = torch.autograd.grad(whole[-1].square().sum(), asked)
+    with last_column(network), Backward() as backward:
+        own.norm.eval()
+        logits, _ = network.parts(x)
+        found = torch.autograd.grad(logits[-1].square().sum(), asked)
+    assert torch.equal(logits[0], whole[0])
+    assert torch.equal(logits[1], whole[1])
+    assert torch.allclose(logits[2], whole[2], atol=1e-6)
+    for gradient, right in zip(found, expected, strict=True):
+        assert torch.allclose(gradient, right, rtol=1e-4, atol=1e-5)
+    assert sorted(backward.made) == [(1, False), (2, True), (3 + 4, False)]
 
 
 def test_one_wide_network_with_zeros_from_new_to_old_computes_the_same() -> None:
