@@ -102,7 +102,8 @@ class Columns(nn.Module):
     def _read(self, step: _Step, column: int, values: list[Any], joined: dict[tuple[int, int], Tensor]) -> Tensor:
         """Run a layer of one column on what all columns up to it computed."""
         layer = cast(Layer, self.columns[column].get_submodule(step.target))
-        if column and layer.training and torch.is_grad_enabled():
+        # A layer that freezing or a mask has replaced may do more than sums.
+        if column and type(layer) in ops.LAYERS and layer.training and torch.is_grad_enabled():
             earlier = _up_to(step, column - 1, values, joined)
             if not earlier.requires_grad:
                 return _in_two(layer, earlier, values[step.reads[0]][column])

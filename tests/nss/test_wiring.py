@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nss.errors import ExtendError
+from nss.freeze import freeze
 from nss.mask import ChannelMask
 from nss.model import Classifier, build_model
 from nss.remove import remove
 from nss.routing import Router, choose_views
 from nss.sites import find_sites
 from nss.sliced import sliced
+from nss.weight_masks import apply_masks
 from nss.wiring import Columns, last_column, read_earlier
 
 NETWORKS = (
@@ -143,6 +145,29 @@ def test_a_column_in_training_computes_the_same_and_no_gradient_of_what_is_froze
     for gradient, right in zip(found, expected, strict=True):
         assert torch.allclose(gradient, right, rtol=1e-4, atol=1e-5)
     assert sorted(backward.made) == [(1, False), (2, True), (3 + 4, False)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("factory", "shape"), NETWORKS[:4])
+def test_a_later_column_answers_the_same_in_training_when_it_is_frozen_in_part(
+    factory: str, shape: Shape, masked: bool, networks: ModuleType
+) -> None:
+    whole = joined(columns_of(factory, shape, (3, 2), networks.randomise), shape, (3, 2))
+    if masked:
+        layers = {name: layer for name, layer in whole.columns[1].named_modules() if isinstance(layer, nn.Conv2d)}
+        apply_masks(whole.columns[1], {name: layer.weight > 0 for name, layer in layers.items()})
+    own = [site for site in find_sites(whole, shape) if site.module.startswith("columns.1.")]
+    frozen = freeze(whole, {site.name: torch.arange(len(site)) % 2 == 0 for site in own}, shape)
+    assert list(frozen.parameters())
+    images = images_of(shape, 4)
+    in_evaluation, _ = frozen.eval().parts(images)
+    in_training, _ = frozen.train().parts(images)
+    assert in_training[1].requires_grad
+    assert not in_training[0].requires_grad
+    for found, expected in zip(in_training, in_evaluation, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    expected_logits, _ = whole.parts(images)
+    assert torch.allclose(in_training[1], expected_logits[1], rtol=1e-4, atol=1e-4)
 
 
 def test_one_wide_network_with_zeros_from_new_to_old_computes_the_same() -> None:
