@@ -95,7 +95,7 @@ def extend(
     goes on with further classes, the images of known ones are taken. classes: names of the new classes, when new_data
     is no Dataset. share: see `condense`. width: share of the factory's neurons that each layer gets for the new
     classes: free ones first, then it is widened. learning_rate: the largest of a one-cycle schedule.
-    batch_size: images of a step, a third of them old ones when those are replayed.
+    batch_size: images of a step, a third of them old ones at most, when those are replayed.
     Source: NeuSemSlice, arXiv 2407.20281, section 3 (freeze the critical neurons, train the rest); one-way wiring and
     routing are ours, method.md 7.
     Raises ExtendError when there is no new class, a new class has no image or no name, old data is needed and not

@@ -22,7 +22,7 @@ from nss.wiring import Columns, last_column
 
 _LOG = logging.getLogger(__name__)
 OLD_PER_NEW = 0.5
-"""old images in each batch for each new one, when old images are replayed"""
+"""old images in each batch for each new one, when there are enough to replay"""
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,10 @@ def train_column(
     network, device = cast(Columns, model.network), device_of(model)
     known = len(model.spec.classes) - model.spec.tasks[-1].classes
     generator = torch.Generator().manual_seed(seed)
-    fresh = int(settings.batch_size / (1 + OLD_PER_NEW)) if len(memory) else settings.batch_size
-    size = min(max(1, fresh), len(new))
-    each_epoch = passes_of(len(new), size) * (len(new) // size)
+    size = min(_fresh(settings.batch_size, len(memory)), len(new))
+    # As often as without replay.
+    passes = passes_of(len(new), min(settings.batch_size, len(new)))
+    each_epoch = passes * (len(new) // size)
     steps = settings.epochs * each_epoch
     curve, orders = [], batches(len(new), steps, size, generator)
     with last_column(network) as column, seeded(seed, device):  # dropout
@@ -73,6 +74,11 @@ def train_column(
             curve.append(ExtendEpoch(epoch, total / each_epoch, _told(model, held_out)))
             _LOG.info("new classes, epoch %d of %d: loss %.4f", epoch, settings.epochs, curve[-1].loss)
     return curve, steps
+
+
+def _fresh(batch_size: int, memory: int) -> int:
+    """Return how many images of a batch are new: two where it has so many, since a norm takes statistics of several."""
+    return max(min(2, batch_size), int(batch_size / (1 + OLD_PER_NEW)), batch_size - memory)
 
 
 def _with_memory(new: Samples, rows: Tensor, memory: Samples, generator: torch.Generator) -> Samples:

@@ -18,14 +18,14 @@ def as_floats(images: Tensor) -> Tensor:
 
 
 def joined_images(parts: Sequence[Tensor]) -> Tensor:
-    """Return all images in one; where some are uint8 and others floats, all are floats 0..1.
+    """Return all images in one; uint8 beside floats become floats 0..1.
 
     parts: [n, ...] each, alike but for n.
 
     >>> joined_images([torch.tensor([255], dtype=torch.uint8), torch.tensor([0.5])])
     tensor([1.0000, 0.5000])
     """
-    if len({part.dtype for part in parts}) > 1:
+    if any(part.is_floating_point() for part in parts):
         # torch.cat alone would make floats 0..255 of the uint8.
         parts = [as_floats(part) for part in parts]
     return torch.cat([*parts])

@@ -8,20 +8,27 @@ kernels choose the order of their sums by shape, so with zeros in one wide layer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.func import functional_call
 
 from nss import operations as ops
 from nss.anatomy import Anatomy, dissect
 from nss.errors import ExtendError
 from nss.routing import Router
 from nss.surgery import Layer, filters_by_channel
+
+_SUMS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Linear: F.linear,
+    nn.Conv1d: F.conv1d,
+    nn.Conv2d: F.conv2d,
+    nn.Conv3d: F.conv3d,
+}
 
 
 @dataclass(frozen=True)
@@ -102,11 +109,10 @@ class Columns(nn.Module):
     def _read(self, step: _Step, column: int, values: list[Any], joined: dict[tuple[int, int], Tensor]) -> Tensor:
         """Run a layer of one column on what all columns up to it computed."""
         layer = cast(Layer, self.columns[column].get_submodule(step.target))
-        # A layer that freezing or a mask has replaced may do more than sums.
-        if column and type(layer) in ops.LAYERS and layer.training and torch.is_grad_enabled():
-            earlier = _up_to(step, column - 1, values, joined)
-            if not earlier.requires_grad:
-                return _in_two(layer, earlier, values[step.reads[0]][column])
+        if column and layer.training and _only_sums(layer):
+            earlier, own = _up_to(step, column - 1, values, joined), values[step.reads[0]][column]
+            if own.requires_grad and not earlier.requires_grad:
+                return _in_two(layer, earlier, own)
         result: Tensor = layer(_up_to(step, column, values, joined))
         return result
 
@@ -141,18 +147,23 @@ def _up_to(step: _Step, column: int, values: list[Any], joined: dict[tuple[int, 
     return joined[source, column]
 
 
+def _only_sums(layer: nn.Module) -> bool:
+    """Say whether a layer is what its class says: not replaced by freezing or a mask, not padded, without hooks."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) in _SUMS and getattr(layer, "padding_mode", "zeros") == "zeros" and not any(hooks)
+
+
 def _in_two(layer: Layer, earlier: Tensor, own: Tensor) -> Tensor:
     """Return what a layer makes of both, as it does of both put together, up to the order of its sums.
 
     Backwards it would compute the gradient of all that it has read, also where nobody asks for it: of the earlier
     columns, which are frozen, and the larger part.
     """
-    weight, bias = layer.weight, layer.bias
+    run, weight = _SUMS[type(layer)], layer.weight
+    how = () if isinstance(layer, nn.Linear) else (layer.stride, layer.padding, layer.dilation)
     count = weight.shape[1] - own.shape[-1 if isinstance(layer, nn.Linear) else 1]
-    none = {} if bias is None else {"bias": torch.zeros_like(bias)}
-    of_earlier: Tensor = functional_call(layer, {"weight": weight[:, :count]}, (earlier,))
-    of_own: Tensor = functional_call(layer, {"weight": weight[:, count:], **none}, (own,))
-    return of_earlier + of_own
+    made: Tensor = run(earlier, weight[:, :count], layer.bias, *how) + run(own, weight[:, count:], None, *how)
+    return made
 
 
 def _program(anatomy: Anatomy) -> tuple[_Step, ...]:

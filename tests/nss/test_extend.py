@@ -203,7 +203,15 @@ def test_replay_takes_its_share_of_each_class_and_one_at_least(kit: Kit) -> None
 
 
 @pytest.mark.parametrize(
-    ("size", "replay", "expected"), [(12, 1.0, (8, 4)), (12, 0.0, (12, 0)), (1, 1.0, (2, 1)), (10, 1.0, (6, 3))]
+    ("size", "replay", "expected"),
+    [
+        (12, 1.0, (8, 4)),
+        (12, 0.0, (12, 0)),
+        (1, 1.0, (2, 1)),
+        (2, 1.0, (2, 1)),
+        (10, 1.0, (6, 3)),
+        (12, 0.001, (10, 2)),
+    ],
 )
 def test_of_a_batch_that_replays_a_third_is_old(
     size: int, replay: float, expected: tuple[int, int], kit: Kit, monkeypatch: pytest.MonkeyPatch

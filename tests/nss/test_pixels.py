@@ -31,6 +31,11 @@ def test_a_loader_of_bytes_and_then_floats_is_read_whole_on_one_scale() -> None:
     assert found == pytest.approx([0.2] * 1024 + [0.5] * 2, abs=1e-7)
 
 
+def test_other_whole_numbers_are_joined_as_they_are_and_left_to_whoever_refuses_them() -> None:
+    parts = [torch.tensor([200], dtype=torch.uint8), torch.tensor([200], dtype=torch.int32)]
+    assert torch.equal(joined_images(parts), torch.tensor([200, 200], dtype=torch.int32))
+
+
 def test_images_of_one_kind_stay_as_they_are() -> None:
     parts = [torch.tensor([7, 255], dtype=torch.uint8), torch.tensor([0], dtype=torch.uint8)]
     assert torch.equal(joined_images(parts), torch.tensor([7, 255, 0], dtype=torch.uint8))

@@ -147,6 +147,25 @@ def test_a_column_in_training_computes_the_same_and_no_gradient_of_what_is_froze
     assert sorted(backward.made) == [(1, False), (2, True), (3 + 4, False)]
 
 
+@pytest.mark.parametrize("kind", ["hook", "hook before", "mirrored edge"])
+def test_a_layer_that_does_more_than_sums_reads_everything_at_once_in_training_too(kind: str) -> None:
+    torch.manual_seed(0)
+    old, new = TwoLayers(3, 2), TwoLayers(2, 2)
+    if kind == "mirrored edge":
+        old.mid, new.mid = (nn.Conv2d(count, count, 3, padding=1, padding_mode="reflect") for count in (3, 2))
+    read_earlier(new, [old], (1, 4, 4))
+    if kind == "hook":
+        new.mid.register_forward_hook(lambda layer, args, made: made.tanh())
+    if kind == "hook before":
+        new.mid.register_forward_pre_hook(lambda layer, args: (args[0] - args[0].mean(1, keepdim=True),))
+    network, x = joined([old, new], (1, 4, 4), (2, 2)), torch.randn(5, 1, 4, 4)
+    expected, _ = network.parts(x)
+    with last_column(network):
+        new.norm.eval()
+        found, _ = network.parts(x)
+    assert torch.allclose(found[1], expected[1], atol=1e-6)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("factory", "shape"), NETWORKS[:4])
 def test_a_later_column_answers_the_same_in_training_when_it_is_frozen_in_part(
