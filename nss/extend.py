@@ -20,7 +20,7 @@ from nss.routing import fit_mix
 from nss.samples import Samples, drawn, joined, old_parts, parts, rank_in_class
 from nss.size import count_parameters
 from nss.slice import SemanticSlices
-from nss.told import features_of
+from nss.told import blend, features_of, parts_of
 from nss.weight_masks import refuse_masks
 from nss.wiring import Columns
 
@@ -90,8 +90,8 @@ def extend(
     ones: they read the old ones and are read by none of them. The model answers for all classes at once.
     slices, profile: of the model, for condensing; a condensed model needs neither. new_data: labelled images of new
     classes, whose indices follow those of the known ones; images of known classes among them are replayed. replay:
-    share of the old training images that are used beside the new ones, at least one a class: the old are told from the
-    new a little better. old_data: needed for condensing and for replay, used to report old accuracy; of a Dataset that
+    share of the old training images that are used beside the new ones, at least one a class; what it gains is small
+    (docs/extend.md). old_data: needed for condensing and for replay, used to report old accuracy; of a Dataset that
     goes on with further classes, the images of known ones are taken. classes: names of the new classes, when new_data
     is no Dataset. share: see `condense`. width: share of the factory's neurons that each layer gets for the new
     classes: free ones first, then it is widened. learning_rate: the largest of a one-cycle schedule.
@@ -242,14 +242,16 @@ def _memory(new: Samples, old: Samples | None, replay: float, known: int, seed: 
 
 
 def _open(model: Classifier, new: Samples, held_out: Samples, old: Samples) -> float:
-    """Set the last gate from the statistics, and weigh it by old images, if there are any that were not trained on.
+    """Set the last gate from the statistics, and weigh what it goes by with images that were not trained on.
 
+    With new ones, how far the statistics are heard beside the column; with old ones, how far beside the odds of both.
     Returns the shrinkage.
     """
     router = cast(Columns, model.network).router
-    rows = [row for each in (held_out, old) if len(each) for row in features_of(model, (each.images, each.labels))]
-    features = torch.cat([torch.zeros(0, router.features), *(seen.cpu() for seen, _ in rows)])
+    rows = [row for each in (held_out, old) if len(each) for row in parts_of(model, (each.images, each.labels))]
+    features = torch.cat([torch.zeros(0, router.features), *(seen.cpu() for _, seen, _ in rows)])
     shrinkage = router.open_gate(features, torch.cat([held_out.labels, old.labels]))
+    blend(router, len(router.gates) - 1, rows)
     if len(old):
         against = held_out if len(held_out) else new
         both = joined(against, old)

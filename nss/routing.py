@@ -3,7 +3,8 @@
 The features are what the first column computes, at several depths: frozen, so what was added up over the old classes
 when they were learned stays true without an old image. With class means under one covariance, shrunken, the odds of
 "a new class" against "an old one" are a function of the features; they shift the new logits alone, so the old ones stay
-bit for bit what they were, whatever is learned later.
+bit for bit what they were, whatever is learned later. Which of the new classes it is, the same statistics know too:
+what they say and what the new column says is weighed by images that neither has seen.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ PLAIN = (1.0, 0.0, 0.0, 0.0)
 """a gate that goes by its features alone"""
 PULL, LEAST_PULL = 50.0, 0.3
 """how strongly other evidence is held back: PULL over the number of images, at least LEAST_PULL"""
+BLEND, FEW = (1.0, 0.2), 10
+"""what a column's logits and the scores by features, which are far larger, weigh where no image tells; half of the
+second for means of so few images of a class, which are hardly known"""
 RIDGE = 1e-3
 """keeps the odds by features from growing without end where they make no mistake"""
 FINEST = 4
@@ -44,6 +48,8 @@ class Router(nn.Module):
 
     mixes: Tensor
     """for each gate, what its odds are made of: weights of what `evidence` gives, and a constant"""
+    blends: Tensor
+    """for each gate, what its column's logits and the scores of their classes by features weigh"""
     counts: Tensor
     """images that each class was seen in, int64 [classes]"""
     means: Tensor
@@ -59,6 +65,7 @@ class Router(nn.Module):
         for parameter in self.gates.parameters():
             nn.init.zeros_(parameter)
         self.register_buffer("mixes", torch.tensor([PLAIN] * len(self.gates)).view(-1, len(PLAIN)))
+        self.register_buffer("blends", torch.tensor([BLEND] * len(self.gates)).view(-1, len(BLEND)))
         self.register_buffer("counts", torch.zeros(known[-1], dtype=torch.int64))
         self.register_buffer("means", torch.zeros(known[-1], features))
         self.register_buffer("scatter", torch.zeros(features * (features + 1) // 2))
@@ -75,10 +82,12 @@ class Router(nn.Module):
         against all columns before. The first column's logits are handed on as they are.
         """
         joined = logits[0]
-        for own, gate, mix in zip(logits[1:], self.gates, self.mixes, strict=True):
+        for own, gate, mix, blend in zip(logits[1:], self.gates, self.mixes, self.blends, strict=True):
+            scores = gate(features)
             level = joined.logsumexp(1, keepdim=True)
-            odds = evidence(gate(features), joined, own) @ mix[:-1, None] + mix[-1]
-            joined = torch.cat([joined, own.log_softmax(1) + level + odds], 1)
+            odds = evidence(scores, joined, own) @ mix[:-1, None] + mix[-1]
+            within = blend[0] * own + blend[1] * scores[:, joined.shape[1] :]
+            joined = torch.cat([joined, within.log_softmax(1) + level + odds], 1)
         return joined
 
     def evidence(self, logits: Sequence[Tensor], features: Tensor, gate: int = -1) -> Tensor:
@@ -94,6 +103,7 @@ class Router(nn.Module):
         """Copy gates and statistics of a router with fewer columns."""
         with torch.no_grad():
             self.mixes[: len(earlier.mixes)] = earlier.mixes
+            self.blends[: len(earlier.blends)] = earlier.blends
             for gate, old in zip(self.gates, earlier.gates, strict=False):
                 gate.load_state_dict(old.state_dict())
             known = len(earlier.counts)
@@ -197,6 +207,32 @@ def evidence(scores: Tensor, joined: Tensor, own: Tensor) -> Tensor:
     old = joined.shape[1]
     odds = scores[:, old:].logsumexp(1) - scores[:, :old].logsumexp(1)
     return torch.stack([odds, joined.logsumexp(1), own.logsumexp(1)], 1)
+
+
+def fit_blend(own: Tensor, scores: Tensor, labels: Tensor, learned: int) -> Tensor:
+    """Return what a column's logits and the scores of its classes by features weigh: BLEND, and what images say of it.
+
+    own, scores: [n, classes of the column], labels: int64 [n], of images that neither learned from. learned: the fewest
+    images that the mean of any of the classes is of. The most likely weights when the logarithm of each is BLEND's up
+    to a standard deviation of 1 before any image is seen: from some hundred images on they decide alone, few of them
+    hardly count.
+    """
+    own, scores, labels = own.cpu().double(), scores.cpu().double(), labels.cpu()
+    start = torch.tensor((BLEND[0], BLEND[1] * learned / (learned + FEW)), dtype=torch.float64)
+    free = torch.zeros(len(BLEND), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([free], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        blend = start * free.exp()
+        misfit = F.cross_entropy(blend[0] * own + blend[1] * scores, labels, reduction="sum")
+        total = misfit + free.square().sum() / 2
+        total.backward()
+        return total
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return (start * free.detach().exp()).float()
 
 
 def _judge(features: Tensor, labels: Tensor, linear: tuple[Tensor, Tensor], known: int) -> float:

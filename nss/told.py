@@ -12,7 +12,7 @@ from nss.data import Data, iter_batches, val_part
 from nss.errors import ModelError, NssError
 from nss.model import Classifier, device_of, evaluating
 from nss.predict import answers_of
-from nss.routing import PLAIN, fit_mix
+from nss.routing import PLAIN, Router, fit_blend, fit_mix
 from nss.wiring import Columns
 
 # Not infinite: a soft target of 0 times it must be 0.
@@ -106,3 +106,22 @@ def _weigh_anew(model: Classifier, held_out: Sequence[Data]) -> None:
             seen = torch.cat([network.router.evidence(logits, features, gate) for logits, features, _ in rows])
             mix = fit_mix(seen[(found <= gate + 1).to(seen.device)], new)
         network.router.mixes[gate] = mix.to(network.router.mixes)
+        blend(network.router, gate, rows)
+
+
+@torch.no_grad()
+def blend(router: Router, gate: int, rows: Sequence[tuple[list[Tensor], Tensor, Tensor]]) -> None:
+    """Weigh, in place, what a gate's column and the features say of which of its classes an image shows.
+
+    gate: its number, of the second column 0. rows: what `parts_of` yields, of images that nothing was learned from;
+    those of the column's classes count.
+    """
+    first, classes = sum(router.classes[: gate + 1]), router.classes[gate + 1]
+    own, scores, labels = [torch.zeros(0, classes)], [torch.zeros(0, classes)], [torch.zeros(0, dtype=torch.int64)]
+    for logits, features, found in rows:
+        of = (found >= first) & (found < first + classes)
+        own.append(logits[gate + 1][of.to(features.device)].cpu())
+        scores.append(router.gates[gate](features)[of.to(features.device), first:].cpu())
+        labels.append(found[of] - first)
+    learned = int(router.counts[first : first + classes].min())
+    router.blends[gate] = fit_blend(torch.cat(own), torch.cat(scores), torch.cat(labels), learned).to(router.blends)

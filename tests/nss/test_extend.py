@@ -27,6 +27,7 @@ from nss.extend_report import judge, told_accuracy, told_answers
 from nss.grow import condense
 from nss.model import Classifier, build_model, load_model, model_digest, save_model
 from nss.profile import profile
+from nss.routing import fit_blend
 from nss.samples import Samples
 from nss.slice import SemanticSlices, semantic_slices
 from nss.tensor_files import write_tensors
@@ -110,6 +111,18 @@ def test_logits_stay_bit_for_bit_over_two_further_tasks(factory: str, count: int
     assert twice.shape == (count, 4)
     assert torch.equal(twice[:, :2], ready)
     assert torch.equal(twice[:, :3], once)
+
+
+def test_what_the_features_say_of_new_classes_counts_as_far_as_held_out_images_show(kit: Kit) -> None:
+    _, _, ready, data = kit
+    new = named(data, data.classes, data.labels >= 2)
+    model, val = extend(ready, None, new, **PLENTY).model, new.split("val")
+    with torch.no_grad():
+        logits, features = model.network.parts(model.normalise(val.images))
+    router = model.network.router
+    fewest = int(torch.bincount(new.split("train").labels)[2:].min())
+    expected = fit_blend(logits[1], router.gates[0](features)[:, 2:].detach(), val.labels - 2, fewest)
+    torch.testing.assert_close(router.blends[0], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_logits_are_the_same_bits_in_a_new_process(chains: dict[str, Chain], tmp_path: Path) -> None:

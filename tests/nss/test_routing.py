@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize
 from sklearn.covariance import OAS
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor, nn
 
 from nss import routing
-from nss.routing import PLAIN, Router, choose_views, evidence, fit_mix
+from nss.routing import BLEND, PLAIN, Router, choose_views, evidence, fit_blend, fit_mix
 
 
 def blobs(count: int, classes: int, features: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -107,15 +108,17 @@ def test_the_first_logits_are_handed_on_and_later_gates_leave_the_earlier_ones()
         assert torch.equal(three(logits, features)[:, :5], two(logits[:2], features))
 
 
-def test_the_probability_of_the_new_classes_is_what_the_gate_says_and_told_answers_stay() -> None:
+def test_the_probability_of_the_new_classes_is_what_the_gate_says_and_told_answers_are_blended() -> None:
     logits, features = logits_of(2, 3), torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     router = router_of((2, 3), 4)
+    router.blends[0] = torch.tensor([0.5, 2.0])
     with torch.no_grad():
         answers, scores = router(logits, features), router.gates[0](features)
     likelihood = scores.exp()
     odds = likelihood[:, 2:].sum(1) / likelihood[:, :2].sum(1)
     assert torch.allclose(answers.softmax(1)[:, 2:].sum(1), odds / (1 + odds), atol=1e-5)
-    assert torch.allclose(answers[:, 2:].softmax(1), logits[1].softmax(1), atol=1e-5)
+    weighed = logits[1].softmax(1).sqrt() * likelihood[:, 2:].square()
+    assert torch.allclose(answers[:, 2:].softmax(1), weighed / weighed.sum(1, keepdim=True), atol=1e-5)
 
 
 def test_taking_over_keeps_what_was_learned() -> None:
@@ -123,9 +126,11 @@ def test_taking_over_keeps_what_was_learned() -> None:
     earlier, later = router_of((1, 1), 4), router_of((1, 1, 2), 4, seed=1)
     earlier.learn([(features, labels)])
     earlier.mixes[0] = torch.tensor([0.5, 0.1, -0.1, 2.0])
+    earlier.blends[0] = torch.tensor([0.5, 0.25])
     later.take_over(earlier)
     assert torch.equal(later.gates[0].weight, earlier.gates[0].weight)
     assert later.mixes.tolist() == [earlier.mixes[0].tolist(), list(PLAIN)]
+    torch.testing.assert_close(later.blends, torch.tensor([[0.5, 0.25], BLEND]), rtol=0, atol=0)
     assert later.counts.tolist() == [20, 20, 0, 0]
     assert torch.equal(later.scatter, earlier.scatter)
     assert torch.equal(later.means[:2], earlier.means)
@@ -244,6 +249,46 @@ def test_odds_are_never_turned_round() -> None:
     seen, new = torch.tensor([[5.0, 1, 1], [90.0, 1, 1]]), torch.tensor([True, False])
     assert fit_mix(seen, new)[0] > 0
     assert fit_mix(seen * torch.tensor([1.0, 0, 0]), new).isfinite().all()
+
+
+def two_views(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log likelihoods of two classes by two independent unit Gaussians about -1 and 1, too large: 4 and 10 times."""
+    labels = torch.arange(count) % 2
+    noise = torch.randn(count, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    odds = 2 * (2.0 * labels[:, None] - 1 + noise)
+    return *(
+        torch.stack([-size * odds[:, view], size * odds[:, view]], 1) / 2 for view, size in enumerate((4, 10))
+    ), labels
+
+
+def test_a_blend_is_the_most_likely_one_before_and_after_the_images() -> None:
+    own, scores, labels = two_views(60, 0)
+    start = np.array([1.0, 0.2 * 30 / (30 + 10)])
+
+    def unlikely(logs: np.ndarray) -> float:
+        first, second = start * np.exp(logs)
+        sums = (first * own + second * scores).numpy()
+        right = sums[np.arange(60), labels.numpy()]
+        return float(np.sum(np.log(np.exp(sums).sum(1)) - right) + np.sum(logs**2) / 2)
+
+    expected = start * np.exp(minimize(unlikely, np.zeros(2), tol=1e-10).x)
+    assert fit_blend(own, scores, labels, 30).tolist() == pytest.approx(expected.tolist(), rel=1e-3)
+
+
+def test_with_many_images_each_view_weighs_what_it_is_worth() -> None:
+    assert fit_blend(*two_views(20_000, 1), 10_000).tolist() == pytest.approx([1 / 4, 1 / 10], rel=0.1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize(("learned", "weight"), [(1, 0.2 / 11), (10, 0.1), (990, 0.198)])
+def test_with_few_images_a_blend_is_about_what_it_is_with_none(count: int, learned: int, weight: float) -> None:
+    logs = (fit_blend(*two_views(count, 2), learned) / torch.tensor([1.0, weight])).log()
+    assert float(logs.abs().max()) < 0.15 * count + 1e-6
+
+
+def test_a_blend_of_a_single_class_is_what_it_is_without_images() -> None:
+    found = fit_blend(torch.ones(5, 1), torch.ones(5, 1), torch.zeros(5).long(), 10)
+    assert found.tolist() == pytest.approx([1.0, 0.1])
 
 
 @given(st.lists(st.tuples(st.integers(1, 600), st.integers(1, 40)), max_size=5), st.integers(-10, 3000))

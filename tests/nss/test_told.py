@@ -26,7 +26,7 @@ from nss.model import Classifier, build_model, load_model, model_digest, save_mo
 from nss.profile import Profile, profile
 from nss.readapt import readapt
 from nss.restructure import restructure
-from nss.routing import PLAIN, Router, fit_mix
+from nss.routing import PLAIN, Router, fit_blend, fit_mix
 from nss.size import count_macs
 from nss.slice import SemanticSlices, semantic_slices
 from nss.told import features_of, route_anew, tasks_apart, within_task
@@ -176,6 +176,11 @@ def test_the_router_of_a_smaller_model_learned_its_own_features(grown: Grown) ->
     logits, features = smaller.network.parts(smaller.normalise(val.images))
     expected = fit_mix(router.evidence(logits, features).detach(), val.labels >= 8)
     torch.testing.assert_close(router.mixes[0], expected, rtol=1e-3, atol=1e-4)
+    new = val.labels >= 8
+    scores = router.gates[0](features)[new, 8:].detach()
+    fewest = int(router.counts[8:].min())
+    expected = fit_blend(logits[1][new].detach(), scores, val.labels[new] - 8, fewest)
+    torch.testing.assert_close(router.blends[0], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_router_learns_anew_from_images_of_every_class_or_not_at_all(grown: Grown) -> None:
@@ -206,6 +211,8 @@ def test_a_router_that_learned_anew_weighs_its_evidence_by_images_held_out(grown
     eight = data.of_classes(data.classes[:8])
     route_anew(model, [data.split("train")], [eight.split("val")])
     assert router.mixes.tolist() == [list(PLAIN)]
+    fewest = int(torch.bincount(data.split("train").labels)[8:].min())
+    torch.testing.assert_close(router.blends, torch.tensor([[1.0, 0.2 * fewest / (fewest + 10)]]))
 
 
 def test_evidence_for_an_earlier_gate_is_what_the_model_without_the_later_columns_finds() -> None:
