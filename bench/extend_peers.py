@@ -8,7 +8,6 @@ All train with the same new samples, epochs, batch size and optimizer (nss.steps
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -62,7 +61,6 @@ class Learned:
 
     model: Classifier
     steps: int
-    seconds: float
     trained_share: float
     """of all weights"""
 
@@ -74,7 +72,6 @@ def learn(
 
     new: of the new classes; old: what the model was trained on, of which each method uses what it may.
     """
-    started = time.perf_counter()
     network = grown(model, names, budget.seed)
     if method == JOINT:
         fresh = factory_network(network.spec, len(network.spec.classes), budget.seed, None)
@@ -86,7 +83,7 @@ def learn(
     steps = train_peer(network, layers, new, replayed, loss, setting.rate, budget)
     free = sum(each.numel() for each in network.parameters() if each.requires_grad)
     found = network.requires_grad_(True).eval()
-    return Learned(found, steps, time.perf_counter() - started, free / count_parameters(found))
+    return Learned(found, steps, free / count_parameters(found))
 
 
 def grown(model: Classifier, names: Sequence[str], seed: int) -> Classifier:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,19 +82,16 @@ class Halves:
         model, names = self.subject.model, self.subject.names(1)
         done = learn(method, model, names, self._new, self._old, setting, self.budget)
         row = {"method": method, "learning_rate": setting.rate, "strength": setting.strength}
-        row |= {"steps": done.steps, "seconds": done.seconds, "trained_share": done.trained_share}
+        row |= {"steps": done.steps, "trained_share": done.trained_share}
         return {**row, **self._validated(done.model)}, done.model
 
     def ours(self) -> list[Row]:
         """Return a row for each share of old images that is replayed."""
-        started = time.perf_counter()
-        ready = self.subject.condensed
-        condensing = time.perf_counter() - started
         rows = []
         for method in self.grid.ours:
-            done = extended(self.subject, ready, 1, self.budget, OUR_REPLAY[method])
-            row = {"method": method, "learning_rate": RATE, "strength": 0.0, "condensing": condensing}
-            row |= {name: getattr(done.report, name) for name in ("steps", "seconds", "trained_share")}
+            done = extended(self.subject, self.subject.condensed, 1, self.budget, OUR_REPLAY[method])
+            row = {"method": method, "learning_rate": RATE, "strength": 0.0}
+            row |= {name: getattr(done.report, name) for name in ("steps", "trained_share")}
             rows.append({**row, **self._validated(done.model), "chosen": True, **self._tested(done.model)})
         return rows
 
