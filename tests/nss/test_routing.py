@@ -256,9 +256,8 @@ def two_views(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     labels = torch.arange(count) % 2
     noise = torch.randn(count, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     odds = 2 * (2.0 * labels[:, None] - 1 + noise)
-    return *(
-        torch.stack([-size * odds[:, view], size * odds[:, view]], 1) / 2 for view, size in enumerate((4, 10))
-    ), labels
+    own, scores = (size / 2 * torch.stack([-odds[:, view], odds[:, view]], 1) for view, size in enumerate((4, 10)))
+    return own, scores, labels
 
 
 def test_a_blend_is_the_most_likely_one_before_and_after_the_images() -> None:
