@@ -7,13 +7,16 @@ import sys
 from enum import StrEnum
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from flows import cli_models, cli_report, cli_service, cli_start
 from tasks.garbage import collect_rarely
+
+if TYPE_CHECKING:
+    from typer.models import CommandInfo, TyperInfo
 
 OK, CRASH, MISTAKE, BUSY = 0, 1, 2, 75
 
@@ -37,7 +40,7 @@ _ORDER = tuple(chain.from_iterable(PANELS.values()))
 class Ordered(TyperGroup):
     """The commands in the order of PANELS, whatever the order they were added in."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    def list_commands(self, ctx: object) -> list[str]:
         """Return their names."""
         return sorted(self.commands, key=_ORDER.index)
 
@@ -155,7 +158,7 @@ def data_add(
     from tasks.workspace import find_workspace
 
     workspace = find_workspace()
-    order = classes and cli_service.lines_of(classes)
+    order = cli_service.lines_of(classes) if classes else None
     added = add(workspace, source, new_classes=new_classes, resize=cli_service.size_of(resize), classes=order)
     if not added.already_present:
         cli_service.announce(workspace)
@@ -235,8 +238,9 @@ cli_service.add_commands(app)
 cli_report.add_commands(app)
 for _command in (*app.registered_commands, *data.registered_commands):
     _command.epilog = f"{_command.epilog}\n\n{_EXIT_CODES}"
-for _entry in (*app.registered_commands, *app.registered_groups):
-    _name = _entry.name or _entry.callback.__name__
+_entries: tuple[CommandInfo | TyperInfo, ...] = (*app.registered_commands, *app.registered_groups)
+for _entry in _entries:
+    _name = _entry.name or (_entry.callback and _entry.callback.__name__)
     _entry.rich_help_panel = next(panel for panel, names in PANELS.items() if _name in names)
 
 

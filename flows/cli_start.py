@@ -82,9 +82,9 @@ def adopt(
             now.workspace, now.params, now.tracker, source, normalisation, forced=force, reason=reason.strip()
         )
     if as_json:
-        mean, std = done.normalisation
+        means, deviations = done.normalisation
         content = {**models.moved(done.registered), "source": done.source, "scores": done.scores.to_dict()}
-        content |= {"mean": list(mean), "std": list(std), "sizes": done.sizes}
+        content |= {"mean": list(means), "std": list(deviations), "sizes": done.sizes}
         sys.stdout.write(f"{json.dumps(content, indent=1, ensure_ascii=False)}\n")
         return
     worst = f"worst class {done.scores.worst_class} {done.scores.worst_accuracy:.2%}"

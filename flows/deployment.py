@@ -18,7 +18,7 @@ import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, FlowRunFilter
 from prefect.client.schemas.filters import FlowRunFilterExpectedStartTime as StartFilter
-from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, StateType
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State, StateType
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events.schemas.events import Event
@@ -203,14 +203,16 @@ class Deployment:
         with self._asking() as client:
             going = [run for run in _runs(client, self._required(client)) if is_going(run)]
             for run in going:
-                state = Crashed(message="the process was gone when the service started")
+                state: State[None] = Crashed(message="the process was gone when the service started")
                 client.set_flow_run_state(run.id, state, force=True)
             return [str(run.id) for run in going]
 
     def emit(self, version: Version, run: str) -> None:
         """Tell the server that data has arrived. run: WANTED or MADE. Raises NssError when it does not take it."""
         about = {"prefect.resource.id": resource(self.name), "nss.run": run}
-        event = Event(event=EVENT, resource=about, payload={"data_md5": version.md5}, occurred=datetime.now(UTC))
+        # Validated, not called: Prefect makes objects of its own of these plain values.
+        content = {"resource": about, "payload": {"data_md5": version.md5}, "occurred": datetime.now(UTC)}
+        event = Event.model_validate({"event": EVENT, **content})
         with self._asking() as client:
             client.request("POST", "/events", json=[event.model_dump(mode="json")])
 
@@ -271,9 +273,10 @@ def _client() -> Iterator[SyncPrefectClient]:
 
 
 def _runs(client: SyncPrefectClient, deployment: DeploymentResponse) -> list[FlowRun]:
+    start = StartFilter.model_validate({"before_": datetime.now(UTC) + _SOON})
     return client.read_flow_runs(
         deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id])),
-        flow_run_filter=FlowRunFilter(expected_start_time=StartFilter(before_=datetime.now(UTC) + _SOON)),
+        flow_run_filter=FlowRunFilter(expected_start_time=start),
         sort=FlowRunSort.EXPECTED_START_TIME_DESC,
         limit=_RUNS_READ,
     )

@@ -203,7 +203,7 @@ def _prefect() -> str:
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL
 
-    url = PREFECT_API_URL.value()
+    url: str | None = PREFECT_API_URL.value()
     if not url:
         return "no server: runs start a temporary one"
     with get_client(sync_client=True) as client:

@@ -35,7 +35,7 @@ from tasks.workspace import Workspace, with_packages
 
 # Somebody may be adding a batch, or only looking whether a cycle runs.
 _PATIENCE_S = 10
-_OUTCOME: dict[str, Outcome] = {name: outcome for outcome, name in STATE_OF.items()}
+_OUTCOME: dict[str | None, Outcome] = {name: outcome for outcome, name in STATE_OF.items()}
 
 
 @dataclass(frozen=True)

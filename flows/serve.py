@@ -17,10 +17,10 @@ from zoneinfo import available_timezones
 
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
 from prefect.client.schemas.schedules import CronSchedule
-from prefect.deployments.runner import EntrypointType
 from prefect.events import DeploymentEventTrigger
 from prefect.runner import Runner
 from prefect.settings import PREFECT_API_URL
+from prefect.types.entrypoint import EntrypointType
 from pydantic import ValidationError
 
 from flows.deployment import EVENT, FLOW, WANTED, Deployment, answering, require_server, resource

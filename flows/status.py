@@ -129,7 +129,7 @@ def _cycle_words(cycle: dict[str, Any], md5: str) -> str:
 
 
 def _verdict_words(verdict: dict[str, Any]) -> str:
-    what = verdict["verdict"] + (f" of {verdict['promoted']}" if verdict["promoted"] else "")
+    what: str = verdict["verdict"] + (f" of {verdict['promoted']}" if verdict["promoted"] else "")
     return what + ("; it waits, `nss promote` makes it the champion" if verdict["waits"] else "")
 
 

@@ -275,9 +275,9 @@ def taken_lines(taken: Taken) -> list[str]:
         what = "nothing new, the batch was there" if each.already_present else f"{each.images} images"
         follows = "" if each.already_present else "; a cycle follows"
         lines.append(f"arrived {each.name}: {what}, batch {each.digest}{follows}")
-    for each in taken.refused:
+    for refused in taken.refused:
         lines += [
-            f"refused {each.name}, now {each.place}; mended, move it back into the inbox",
-            *(f"  - {problem}" for problem in each.problems),
+            f"refused {refused.name}, now {refused.place}; mended, move it back into the inbox",
+            *(f"  - {problem}" for problem in refused.problems),
         ]
     return lines

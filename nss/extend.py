@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from nss.data import Data, Dataset
 from nss.errors import ExtendError
 from nss.extend_course import ExtendEpoch, Settings, train_column
 from nss.extend_report import Told, judge
-from nss.grow import Capacity, add_column, capacity, condense, evidence_of, require_float32
+from nss.grow import Capacity, add_column, capacity, condense, require_float32
 from nss.model import Classifier
 from nss.profile import Profile
 from nss.routing import fit_mix
@@ -241,6 +242,7 @@ def _memory(new: Samples, old: Samples | None, replay: float, known: int, seed: 
     return again.pick(~back), again.pick(back)
 
 
+@torch.no_grad()
 def _open(model: Classifier, new: Samples, held_out: Samples, old: Samples) -> float:
     """Set the last gate from the statistics, and weigh what it goes by with images that were not trained on.
 
@@ -248,13 +250,17 @@ def _open(model: Classifier, new: Samples, held_out: Samples, old: Samples) -> f
     Returns the shrinkage.
     """
     router = cast(Columns, model.network).router
-    rows = [row for each in (held_out, old) if len(each) for row in parts_of(model, (each.images, each.labels))]
-    features = torch.cat([torch.zeros(0, router.features), *(seen.cpu() for _, seen, _ in rows)])
+    unseen, remembered = _read(model, held_out), _read(model, old)
+    features = torch.cat([torch.zeros(0, router.features), *(seen.cpu() for _, seen, _ in (*unseen, *remembered))])
     shrinkage = router.open_gate(features, torch.cat([held_out.labels, old.labels]))
-    blend(router, len(router.gates) - 1, rows)
-    if len(old):
-        against = held_out if len(held_out) else new
-        both = joined(against, old)
-        seen = torch.cat(list(evidence_of(model, (both.images, both.labels))))
-        router.mixes[-1] = fit_mix(seen, torch.arange(len(both)) < len(against))
+    blend(router, len(router.gates) - 1, unseen)
+    if remembered:
+        rows = [*(unseen or _read(model, new)), *remembered]
+        seen = torch.cat([router.evidence(logits, features) for logits, features, _ in rows])
+        router.mixes[-1] = fit_mix(seen, torch.arange(len(seen)) < len(seen) - len(old))
     return shrinkage
+
+
+def _read(model: Classifier, samples: Samples) -> list[tuple[list[Tensor], Tensor, Tensor]]:
+    """Return what `parts_of` yields; nothing of no images."""
+    return list(parts_of(model, (samples.images, samples.labels))) if len(samples) else []

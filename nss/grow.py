@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -24,7 +24,7 @@ from nss.sites import Sites, find_sites
 from nss.slice import SemanticSlices
 from nss.steps import first_of_each
 from nss.surgery import cut
-from nss.told import features_of, parts_of
+from nss.told import features_of
 from nss.units import Units, find_units
 from nss.weight_masks import refuse_masks
 from nss.wiring import Columns, read_earlier, refuse_unfit
@@ -209,10 +209,3 @@ def capacity(model: Classifier) -> dict[str, Capacity]:
         )
         for site in sites
     }
-
-
-def evidence_of(model: Classifier, data: Data) -> Iterator[Tensor]:
-    """Yield what speaks for the last task's classes against all before, for each batch of the data, [n, 3]."""
-    router = cast(Columns, model.network).router
-    for logits, features, _ in parts_of(model, data):
-        yield router.evidence(logits, features).detach()

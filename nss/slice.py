@@ -19,6 +19,7 @@ from nss.profile import Profile
 
 FORMAT = 1
 LINKAGES = ("average", "complete", "single")
+DISTANCES = ("jaccard", "cosine")
 
 
 @dataclass(frozen=True)
@@ -106,21 +107,23 @@ def semantic_slices(
     distance_threshold: float | None = None,
     linkage: str = "average",
     layers: Sequence[str] | None = None,
+    distance: str = "jaccard",
 ) -> SemanticSlices:
     """Merge categories whose critical neurons are similar; each slice has the union of its categories' neurons.
 
-    Agglomerative, by average, complete or single linkage; the distance of two categories is 1 - weighted Jaccard over
-    all layers (or those named), weighted by the scores of `critical.metric`. The tree is cut to leave `n_slices`, or at
+    Agglomerative, by average, complete or single linkage; the distance of two categories is that of
+    `category_distances`, over all layers or those named. The tree is cut to leave `n_slices`, or at
     `distance_threshold`, or, when neither is given, where the mean silhouette (Rousseeuw 1987) is best.
-    Source: NeuSemSlice, arXiv 2407.20281, section 3; the distance is method.md 4's choice.
-    Raises SliceError for a number or threshold out of range, an unknown linkage, or a profile of other classes.
+    Source: NeuSemSlice, arXiv 2407.20281, section 3; the distances are method.md 4's choice.
+    Raises SliceError for a number or threshold out of range, an unknown linkage or distance, or a profile of other
+    classes.
 
     >>> slices = nss.semantic_slices(critical, profile, n_slices=4)
     >>> [slice.categories for slice in slices]
     [('0', '6'), ('1', '7'), ('2', '3', '5', '8', '9'), ('4',)]
     """
     _check(critical, profile, n_slices, distance_threshold, linkage)
-    distances = category_distances(critical, profile, layers)
+    distances = category_distances(critical, profile, layers, distance)
     labels, tree = _cluster(distances, n_slices, distance_threshold, linkage)
     slices = []
     for number, label in enumerate(dict.fromkeys(labels)):
@@ -133,30 +136,48 @@ def semantic_slices(
 
 
 def category_distances(
-    critical: CriticalNeurons, profile: Profile, layers: Sequence[str] | None = None
+    critical: CriticalNeurons, profile: Profile, layers: Sequence[str] | None = None, distance: str = "jaccard"
 ) -> NDArray[np.float64]:
-    """Return 1 - weighted Jaccard of the critical neurons of each pair of categories, [classes, classes].
+    """Return how far each pair of categories is apart, [classes, classes], from 0 to 1.
 
-    Over all layers, or those named, weighted by the scores: sum of minima over sum of maxima. Empty sets are at
-    distance 1 from all others. Raises SliceError for a layer that was not profiled.
+    By jaccard 1 - weighted Jaccard of their critical neurons, weighted by the scores of `critical.metric`: sum of
+    minima over sum of maxima. By cosine 1 - cosine of their scores of all neurons, critical or not. Over all layers,
+    or those named. What has no score at all is at distance 1 from all others.
+    Raises SliceError for a layer that was not profiled or an unknown distance.
     """
-    from scipy.spatial.distance import pdist, squareform
-
+    if distance not in DISTANCES:
+        raise SliceError(f"the distance is {distance!r}", where="distance", allowed=", ".join(DISTANCES))
     scores = profile.scores(critical.metric)
     chosen = list(critical.neurons) if layers is None else list(layers)
     if not chosen or not set(chosen) <= critical.neurons.keys():
         raise SliceError(f"the layers are {chosen}", where="layers", allowed=", ".join(critical.neurons))
-    weights = torch.cat([scores[layer] * critical.neurons[layer] for layer in chosen], 1).numpy()
-    if len(weights) == 1:
-        return np.zeros((1, 1))
+    if distance == "cosine":
+        distances = 1 - _cosines(torch.cat([scores[layer] for layer in chosen], 1).numpy())
+    else:
+        distances = 1 - _overlaps(torch.cat([scores[layer] * critical.neurons[layer] for layer in chosen], 1).numpy())
+    distances = distances.clip(0, 1)
+    np.fill_diagonal(distances, 0)
+    return distances
+
+
+def _overlaps(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the weighted Jaccard index of each pair of rows; 0 where both are without weight."""
+    from scipy.spatial.distance import pdist, squareform
+
     total = weights.sum(1)
     both = total[:, None] + total[None]
     apart = squareform(pdist(weights, "cityblock"))
     # min(a, b) = (a + b - |a - b|) / 2 and max(a, b) = (a + b + |a - b|) / 2
-    distances: NDArray[np.float64] = 1 - np.divide(both - apart, both + apart, out=np.zeros_like(both), where=both > 0)
-    distances = distances.clip(0, 1)
-    np.fill_diagonal(distances, 0)
-    return distances
+    found: NDArray[np.float64] = np.divide(both - apart, both + apart, out=np.zeros_like(both), where=both > 0)
+    return found
+
+
+def _cosines(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the cosine of each pair of rows; 0 where one is zero."""
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit = np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
+    found: NDArray[np.float64] = unit @ unit.T
+    return (found + found.T) / 2
 
 
 def _cluster(

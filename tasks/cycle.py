@@ -105,8 +105,13 @@ class Cycle:
     def end(self, status: End) -> None:
         """End the run FINISHED, FAILED or KILLED."""
         if self.run_id and self.tracker:
-            client = self.tracker
-            self._try(lambda: client.end(self.run_id, status) or "")
+            tracker = self.tracker
+
+            def ended() -> str:
+                tracker.end(self.run_id, status)
+                return ""
+
+            self._try(ended)
 
     def _keep(self, action: Callable[[Tracker], _Result]) -> _Result | None:
         """Like `_try`, but what is not the tracking store's fault is raised."""

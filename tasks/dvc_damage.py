@@ -24,7 +24,10 @@ def drop_cut_off_files(repo: Repo) -> list[Path]:
 
     A lock file with a merge conflict is the user's, and stays.
     """
-    files = {Path(repo.tmp_dir, _RWLOCK): json.loads, Path(repo.root_dir, "dvc.lock"): _read_lock}
+    files: dict[Path, Callable[[str], Any]] = {
+        Path(repo.tmp_dir, _RWLOCK): json.loads,
+        Path(repo.root_dir, "dvc.lock"): _read_lock,
+    }
     broken = [path for path, read in files.items() if path.is_file() and _is_broken(path, read)]
     for path in broken:
         path.unlink()

@@ -35,15 +35,23 @@ _COPYING.propagate = False
 _COPYING.handlers.clear()
 
 
+class _Listener(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.heard: list[BaseException] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1]:
+            self.heard.append(record.exc_info[1])
+
+
 @contextmanager
 def listening() -> Iterator[list[BaseException]]:
     """Gather the errors that DVC only logs when it fails to copy a file into its cache."""
-    heard: list[BaseException] = []
-    handler = logging.Handler(logging.ERROR)
-    handler.emit = lambda record: heard.extend(filter(None, (record.exc_info or ())[1:2]))
+    handler = _Listener()
     _COPYING.addHandler(handler)
     try:
-        yield heard
+        yield handler.heard
     finally:
         _COPYING.removeHandler(handler)
 

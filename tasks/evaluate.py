@@ -8,7 +8,7 @@ from typing import Any
 
 from nss.data import Dataset
 from nss.errors import StageError
-from nss.evaluate import SlicesEvaluation, evaluate_slices
+from nss.evaluate import Evaluation, SlicesEvaluation, evaluate_slices
 from nss.files import read_json, replacing, write_json
 from nss.model import model_digest
 from nss.slice import SemanticSlices
@@ -57,8 +57,8 @@ def _scores(workspace: Workspace, verb: str, old: Dataset, new: Dataset, params:
     folder = workspace.out(verb)
     model = model_in(folder / "model", workspace, params.device)
     batches = read_json(folder / "source.json", StageError)["batches"]
-    answers = (Answers.of(model, part, params.batch_size) for part in (old, new))
-    return Scores(folder / "model", *answers, batches)
+    known, arrived = (Answers.of(model, part, params.batch_size) for part in (old, new))
+    return Scores(folder / "model", known, arrived, batches)
 
 
 def _candidates(workspace: Workspace) -> list[str]:
@@ -75,9 +75,9 @@ def _slices(workspace: Workspace, held_out: Dataset, params: EvaluateParams) -> 
 
 def _metrics(
     base: Scores, parts: SlicesEvaluation, made: Mapping[str, Scores], candidates: Sequence[Mapping[str, Any]]
-) -> dict[str, float | None]:
+) -> dict[str, float]:
     """Summarise; figures without images lack."""
-    found = {**_accuracies("", base), "images": base.old.evaluation.images}
+    found = {**_accuracies("", base), "images": _on_known(base).images}
     found |= {"vote_accuracy": parts.vote_accuracy, "told_accuracy": parts.told_accuracy}
     if base.new.evaluation:
         found["new_images"] = base.new.evaluation.images
@@ -93,10 +93,17 @@ def _metrics(
 
 
 def _accuracies(prefix: str, scores: Scores) -> dict[str, float]:
-    old, new = scores.old.evaluation, scores.new.evaluation
+    old, new = _on_known(scores), scores.new.evaluation
     found = {"accuracy": old.accuracy, "worst_accuracy": old.worst_accuracy}
     found |= {"new_accuracy": new.accuracy} if new else {}
     return {f"{prefix}{name}": value for name, value in {**found, **_told(scores)}.items()}
+
+
+def _on_known(scores: Scores) -> Evaluation:
+    found = scores.old.evaluation
+    # Without such images the slices could not be scored, and nothing is written.
+    assert found is not None
+    return found
 
 
 def _told(scores: Scores) -> dict[str, float]:
@@ -108,18 +115,18 @@ def _told(scores: Scores) -> dict[str, float]:
 
 
 def _evaluation(base: Scores, parts: SlicesEvaluation, made: Mapping[str, Scores]) -> dict[str, Any]:
-    old, new = base.old.evaluation, base.new.evaluation
+    old, new = _on_known(base), base.new.evaluation
     found = {"model": old.to_dict(), "new": new and new.to_dict(), "slices": parts.to_dict()}
     return {**found, "candidates": {_CANDIDATES[verb]: _described(scores) for verb, scores in made.items()}}
 
 
 def _described(scores: Scores) -> dict[str, Any]:
-    old, new = scores.old.evaluation, scores.new.evaluation
+    old, new = _on_known(scores), scores.new.evaluation
     return {"old": old.to_dict(), "new": new and new.to_dict(), **_told(scores)}
 
 
 def _write_tables(folder: Path, base: Scores, candidates: Sequence[Mapping[str, Any]]) -> None:
-    scores = base.old.evaluation
+    scores = _on_known(base)
     write_csv(folder / "per_class.csv", ["class", "accuracy"], scores.per_class.items())
     write_csv(folder / "confusion.csv", ["actual", "predicted"], confusion_rows(scores.confusion, scores.classes))
     write_csv(folder / "differences.csv", _DIFFERENCES, [row for each in candidates for row in _differences(each)])

@@ -19,7 +19,7 @@ from nss.slice import SemanticSlices
 from tasks.batches import known_and_new, with_new_classes
 from tasks.models import base_model
 from tasks.params import ExtendParams
-from tasks.tables import confusion_rows, write_nothing, write_tables
+from tasks.tables import Rows, confusion_rows, write_nothing, write_tables
 from tasks.wanted import is_wanted
 from tasks.workspace import Workspace, require_same_source
 
@@ -88,7 +88,7 @@ def _learn(
     save_model(found.model, folder / "model")
     write_json(folder / "metrics.json", {**_metrics(found.report, before, after), "images": images})
     write_json(folder / "result.json", _result(found.report))
-    tables = {
+    tables: Rows = {
         "curve.csv": [(each.epoch, each.loss, each.new_accuracy) for each in found.report.curve],
         "change.csv": [(name, before.per_class.get(name), after.per_class.get(name)) for name in new.classes],
         "capacity.csv": _capacity(found.report),

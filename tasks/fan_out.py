@@ -39,7 +39,7 @@ def _runner(params: ProfileParams) -> TaskRunner[Any]:
         return ThreadPoolTaskRunner(max_workers=params.shards)
     try:
         from distributed import Client
-        from prefect_dask import DaskTaskRunner
+        from prefect_dask.task_runners import DaskTaskRunner
     except ImportError:
         raise NssError(
             "a Dask cluster is named, but prefect-dask is not installed",

@@ -66,9 +66,9 @@ def _compared(name: str, comparison: Comparison) -> dict[str, float]:
 
 
 def _candidate(content: Mapping[str, Any]) -> Candidate:
-    comparisons = {name: content[name] and Comparison.from_dict(content[name]) for name in ("known", "arrived")}
+    known, arrived = (content[name] and Comparison.from_dict(content[name]) for name in ("known", "arrived"))
     plain = {name: content[name] for name in ("verb", "images", "accuracy", "per_class", "size", "champion_size")}
-    return Candidate(**plain, **comparisons)
+    return Candidate(**plain, known=known, arrived=arrived)
 
 
 def _metrics(decision: Decision) -> dict[str, int]:

@@ -204,7 +204,8 @@ def _files(entry: Path) -> Iterator[Path]:
     if not os.path.isdir(entry):
         yield entry
         return
-    root, seen, closed = os.path.realpath(entry), set(), []
+    root, seen = os.path.realpath(entry), set[str]()
+    closed: list[OSError] = []
     for top, folders, names in os.walk(entry, followlinks=True, onerror=closed.append):
         # A link that leads out of the entry is not followed, and one in a circle once.
         real = os.path.realpath(top)

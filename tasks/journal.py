@@ -116,7 +116,7 @@ def backfill(
     if verb == "gate" and parent:
         note = gate_note(read_json(workspace.out("gate") / "gate.json"))
         tracker.client.set_tag(parent, NOTE, note)
-    return run.info.run_id
+    return str(run.info.run_id)
 
 
 _DETAILS = {

@@ -57,7 +57,9 @@ def _sizes_on_disk_and_in_time(workspace: Workspace) -> dict[str, float]:
     folders = {"original_": workspace.out("base") / "model", "": workspace.out("restructure") / "model"}
     models = {name: model_in(folder, workspace, device) for name, folder in folders.items()}
     latencies = time_calls(models, random_pixels(64, models[""].spec.input_shape))
-    found = {f"{name}bytes": (folder / "model.safetensors").stat().st_size for name, folder in folders.items()}
+    found: dict[str, float] = {
+        f"{name}bytes": (folder / "model.safetensors").stat().st_size for name, folder in folders.items()
+    }
     for name, latency in latencies.items():
         found |= {f"{name}latency_ms_{size}": each for size, each in latency.median_ms.items()}
     return found

@@ -12,7 +12,7 @@ import io
 import logging
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +180,7 @@ def set_params(path: Path, settings: Mapping[str, Any]) -> None:
         group = content
         for each in groups:
             group = group.get(each, {}) if isinstance(group, Mapping) else group
-        if not isinstance(group, Mapping) or key not in group:
+        if not isinstance(group, MutableMapping) or key not in group:
             raise StageError(f"there is no setting {name}", where=str(path))
         group[key] = value
     yaml.dump(content, out)

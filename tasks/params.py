@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from nss.errors import ParamsError
 
@@ -207,7 +208,8 @@ with warnings.catch_warnings():
 
         def group(self, verb: str) -> BaseModel:
             """Return the group of one stage."""
-            return getattr(self, verb)
+            group: BaseModel = getattr(self, verb)
+            return group
 
 
 STAGES = tuple(name for name in Params.model_fields if name != "register")

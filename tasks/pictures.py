@@ -178,12 +178,13 @@ def following_curve(points: Sequence[tuple[int, float | None, float | None]], ke
     figure, axes = _figure(6.0, 3.6)
     for place, name, colour in ((1, "new", "#1f6fb4"), (2, "old", _DARK)):
         if points[0][place] is not None:
-            axes.plot([row[0] for row in points], [row[place] for row in points], ".-", color=colour, label=name)
+            values = [np.nan if value is None else value for value in (row[place] for row in points)]
+            axes.plot([row[0] for row in points], values, ".-", color=colour, label=name)
     axes.axvline(kept, color=_GREY, linewidth=5, zorder=0, label="kept")
     axes.set_title(f"accuracy while following new images, epoch {kept} kept", loc="left")
     axes.set_xlabel("epoch")
     axes.set_ylabel("accuracy on held-out images")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # that of a linear axis takes it
     axes.legend(frameon=False)
     _bare(axes, "top", "right")
     return figure

@@ -307,7 +307,8 @@ def _mark(path: Path) -> tuple[int, ...]:
 def _writing(repo: Repo, path: Path) -> AbstractContextManager[None]:
     """Have DVC note that this process writes the file or folder; what it does there by DVC meanwhile is let through."""
     hardlink = repo.config["core"].get("hardlink_lock", False)
-    return rwlock(repo.tmp_dir, repo.fs, " ".join(sys.argv), [], [str(path)], hardlink)
+    lock: AbstractContextManager[None] = rwlock(repo.tmp_dir, repo.fs, " ".join(sys.argv), [], [str(path)], hardlink)
+    return lock
 
 
 def _named(repo: Repo, name: str) -> Any:

@@ -7,8 +7,9 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.client.schemas.objects import State
 from prefect.context import TaskRunContext
-from prefect.states import Completed, State
+from prefect.states import Completed
 
 from nss.files import text_digest
 from tasks.pipeline import Outcome, Pipeline

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from nss.data import Dataset
 from nss.evaluate import Evaluation, evaluate
 from nss.files import replacing, write_json
@@ -16,7 +18,7 @@ from nss.slice import SemanticSlices
 from tasks.batches import known_and_new
 from tasks.models import base_model
 from tasks.params import ReadaptParams
-from tasks.tables import write_nothing, write_tables
+from tasks.tables import Rows, write_nothing, write_tables
 from tasks.wanted import is_wanted
 from tasks.workspace import Workspace, require_same_source
 
@@ -90,7 +92,7 @@ def _follow(
     save_model(found.model, folder / "model")
     write_json(folder / "metrics.json", {**_metrics(found.report, scores), "images": len(new.split("train"))})
     write_json(folder / "result.json", {**_result(found.report), "left_to_extend": _unknown(arrived, classes)})
-    tables = {
+    tables: Rows = {
         "curve.csv": [(each.epoch, each.new_accuracy, each.old_accuracy) for each in found.report.curve],
         "tuned.csv": [(layer, *counts) for layer, counts in found.report.neurons.items()],
         "change.csv": _change(classes, scores),
@@ -98,7 +100,7 @@ def _follow(
     write_tables(folder, _TABLES, tables)
 
 
-def _scores(models: Sequence[Classifier], parts: Sequence[Dataset]) -> dict[str, Evaluation]:
+def _scores(models: Sequence[nn.Module], parts: Sequence[Dataset]) -> dict[str, Evaluation]:
     """Score the models before and after on held-out old and new images, as far as there are such images."""
     return {
         f"{name}_{when}": evaluate(model, part)

@@ -160,7 +160,7 @@ def _is_gone(pid: int, folder: Path) -> bool:
     """Say whether the process that made this folder has died. One that began later has only got its number."""
     try:
         process = psutil.Process(pid)
-        return process.status() == psutil.STATUS_ZOMBIE or process.create_time() > folder.stat().st_ctime + 60
+        return bool(process.status() == psutil.STATUS_ZOMBIE or process.create_time() > folder.stat().st_ctime + 60)
     except psutil.NoSuchProcess:
         return True
     except (psutil.Error, OSError):

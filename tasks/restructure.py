@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nss.data import Dataset
 from nss.errors import RestructureError, StageError, first_line
@@ -67,12 +68,14 @@ def _smaller(
 def _made(
     params: RestructureParams, workspace: Workspace, model: Classifier, data: Dataset, target: float
 ) -> Restructured:
+    # A setting names the parameter, so its type cannot be checked against that of one.
+    budget: dict[str, Any] = {params.budget: target}
     return restructure(
         model,
         SemanticSlices.load(workspace.out("slice") / "slices.json"),
         data,
         Profile.load(workspace.out("profile") / "profile.safetensors"),
-        **{params.budget: target},
+        **budget,
         cap=params.cap,
         multiple=params.multiple,
         fine_tune_steps=params.fine_tune_steps,
@@ -92,7 +95,8 @@ def _target(params: RestructureParams, workspace: Workspace) -> float:
     if budget is None:
         return params.target
     is_share = params.budget != "latency_ms"
-    return min(params.target, budget["allowed"] / budget["found"] if is_share else budget["allowed"])
+    allowed: float = budget["allowed"] / budget["found"] if is_share else budget["allowed"]
+    return min(params.target, allowed)
 
 
 def _write(folder: Path, found: Restructured, why: str) -> None:

@@ -29,5 +29,5 @@ def describe(folder: Path, model_id: str, run_id: str, packages: tuple[str, ...]
 
 def _signature(spec: ModelSpec) -> ModelSignature:
     pixels = TensorSpec(np.dtype(np.uint8), (-1, *spec.input_shape))
-    probabilities = [ColSpec(DataType.double, name) for name in spec.classes]
+    probabilities: list[ColSpec | TensorSpec] = [ColSpec(DataType.double, name) for name in spec.classes]
     return ModelSignature(Schema([pixels]), Schema(probabilities))

@@ -9,16 +9,23 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from nss.errors import NssError, StageError
+from tasks.dvc_errors import full_disk
 from tasks.garbage import collect_as_usual
 from tasks.params import STAGES, Params, load_params
-from tasks.pipeline import LOG, RECEIPT, Pipeline, StageKey, full_disk
+from tasks.pipeline import LOG, RECEIPT, Pipeline, StageKey
 from tasks.store_address import told, tracking_uri
 from tasks.workspace import Workspace, find_workspace, with_packages
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+    from tasks.tracking import End, Tracker
 
 CYCLE = "NSS_CYCLE_RUN_ID"
 """Environment variable with the id of the MLflow run that stages are shown under."""
@@ -66,35 +73,39 @@ class Record:
 
     def __init__(self, workspace: Workspace, params: Params, verb: str, key: StageKey) -> None:
         self.stage = (workspace, params, verb, key)
-        self.tracker, self.run = None, None
+        self.begun: tuple[Tracker, Run] | None = None
         self._try(self._begin)
 
     def complete(self) -> None:
         """Log the outputs and end the run FINISHED."""
-        if self.run is None:
+        if self.begun is None:
             self._try(self._begin)
-        if self.run is not None:
-            self._try(self._complete)
+        if self.begun is not None:
+            tracker, run = self.begun
+            self._try(lambda: self._complete(tracker, run))
 
-    def end(self, status: str) -> None:
+    def end(self, status: End) -> None:
         """End the run FAILED or KILLED."""
-        if self.run is not None and self.run.info.status != "FINISHED":
-            self._try(lambda: self.tracker.end(self.run.info.run_id, status))
+        if self.begun is None:
+            return
+        tracker, run = self.begun
+        if run.info.status != "FINISHED":
+            self._try(lambda: tracker.end(run.info.run_id, status))
 
     def _begin(self) -> None:
         from tasks import journal
         from tasks.tracking import open_tracker
 
         workspace, _, verb, key = self.stage
-        self.tracker = open_tracker(workspace)
-        self.run = journal.begin(self.tracker, workspace, verb, key, os.environ.get(CYCLE))
+        tracker = open_tracker(workspace)
+        self.begun = tracker, journal.begin(tracker, workspace, verb, key, os.environ.get(CYCLE))
 
-    def _complete(self) -> None:
+    def _complete(self, tracker: Tracker, run: Run) -> None:
         from tasks import journal
 
-        journal.complete(self.tracker, self.run, *self.stage)
+        journal.complete(tracker, run, *self.stage)
 
-    def _try(self, action: Any) -> None:
+    def _try(self, action: Callable[[], object]) -> None:
         try:
             action()
         except Exception as error:
@@ -138,7 +149,7 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
 
 
-def _judge(error: BaseException) -> tuple[int, str]:
+def _judge(error: BaseException) -> tuple[int, End]:
     """Tell the exit code and the status of the run, and print what the user needs."""
     if isinstance(error, Terminated):
         _say("stopped by SIGTERM")

@@ -12,6 +12,7 @@ from torch import Tensor
 from nss.files import replacing, write_json
 
 Headers = Mapping[str, Sequence[str]]
+Rows = Mapping[str, Iterable[Sequence[Any]]]
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -25,7 +26,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
         writer.writerows(rows)
 
 
-def write_tables(folder: Path, headers: Headers, rows: Mapping[str, Iterable[Sequence[Any]]]) -> None:
+def write_tables(folder: Path, headers: Headers, rows: Rows) -> None:
     """Write all tables of a stage, {file: header}, without rows where there are none: DVC's plots name these files."""
     for name, header in headers.items():
         write_csv(folder / name, header, rows.get(name, []))

@@ -337,7 +337,7 @@ def _experiment(client: MlflowClient, artifacts: Path | None, name: str) -> str:
     if found is not None:
         return found.experiment_id
     try:
-        return client.create_experiment(name, artifact_location=artifacts and artifacts.as_uri())
+        return client.create_experiment(name, artifact_location=artifacts.as_uri() if artifacts else None)
     except MlflowException:
         # Somebody else may have made it in between.
         found = client.get_experiment_by_name(name)

@@ -62,7 +62,8 @@ class Warm:
         stop(psutil.Process(self._process.pid).children(recursive=True))
         self._process.kill()
         self._process.wait()
-        self._process.stdin.close()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def begin(self) -> None:

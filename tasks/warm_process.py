@@ -152,7 +152,7 @@ def _forget_exits() -> None:
     """What libraries do at the end is the forking process's business, but for what any process that was forked does."""
     atexit._clear()
     atexit.register(logging.shutdown)
-    atexit.register(multiprocessing.util._exit_function)
+    atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]  # the stub leaves it out
 
 
 def _take_over(request: Mapping[str, Any], env: Mapping[str, str], fds: list[int]) -> None:
@@ -173,7 +173,7 @@ def _take_over(request: Mapping[str, Any], env: Mapping[str, str], fds: list[int
 def _end(code: int) -> NoReturn:
     """End without taking to pieces what was there before the fork, which takes long."""
     try:
-        threading._shutdown()
+        threading._shutdown()  # type: ignore[attr-defined]  # the stub leaves it out
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

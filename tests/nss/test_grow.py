@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,12 +14,13 @@ from nss.base import train
 from nss.critical import critical_neurons
 from nss.data import Dataset
 from nss.errors import ExtendError
-from nss.grow import Capacity, add_column, capacity, condense, evidence_of, features_of
+from nss.grow import Capacity, add_column, capacity, condense, features_of
 from nss.model import Classifier, build_model, load_model, save_model
 from nss.profile import Profile, profile
 from nss.prune_weights import prune_weights
 from nss.remove import remove
 from nss.slice import SemanticSlices, semantic_slices
+from nss.told import parts_of
 from nss.wiring import Columns
 
 Kit = tuple[Classifier, SemanticSlices, Profile, Dataset]
@@ -154,7 +155,8 @@ def test_evidence_is_what_the_last_gate_goes_by(kit: Kit) -> None:
     model, slices, found, data = kit
     grown = add_column(condense(model, slices, data, profile=found, share=0.5), ["cow"], 0.3, 0)
     images = data.images[:5]
-    seen = torch.cat(list(evidence_of(grown, (images, torch.zeros(5, dtype=torch.int64)))))
+    ((logits, features, _),) = parts_of(grown, (images, torch.zeros(5, dtype=torch.int64)))
+    seen = cast(Columns, grown.network).router.evidence(logits, features)
     answers = logits_of(grown, images)
     odds = answers[:, 2:].logsumexp(1) - answers[:, :2].logsumexp(1)
     assert torch.allclose(odds, seen[:, 0], atol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,41 @@ def test_sets_without_weight_are_at_distance_one_from_all_others_and_from_each_o
     critical = CriticalNeurons(profile.classes, {"layer0": mask}, "taylor", "x", 1.0)
     assert category_distances(critical, profile).tolist() == [[0, 1, 1], [1, 0, 1], [1, 1, 0]]
     assert len(semantic_slices(critical, profile, distance_threshold=0.9)) == 3
+
+
+@given(classes=st.integers(1, 8), seed=st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_the_distance_by_cosine_is_of_the_scores_of_all_neurons_of_all_layers(classes: int, seed: int) -> None:
+    critical, profile = random_case(classes, seed)
+    found = category_distances(critical, profile, distance="cosine")
+    rows = [
+        [float(x) / float(sums[k].sum()) for sums in profile.sums["taylor"].values() for x in sums[k]]
+        for k in range(classes)
+    ]
+    for i, left in enumerate(rows):
+        for j, right in enumerate(rows):
+            lengths = math.sqrt(sum(x * x for x in left)) * math.sqrt(sum(x * x for x in right))
+            expected = 1 - sum(x * y for x, y in zip(left, right, strict=True)) / lengths
+            assert found[i, j] == pytest.approx(0.0 if i == j else expected, abs=1e-9)
+    assert np.array_equal(found, found.T)
+
+
+def test_a_category_without_scores_has_no_cosine_and_is_at_distance_one() -> None:
+    profile = made_of(torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0], [4.0, 3.0]]))
+    critical = critical_neurons(profile, "taylor", rule="cumulative", threshold=0.9)
+    found = category_distances(critical, profile, distance="cosine")
+    expected = np.array([[0, 1, 1, 1], [1, 0, 1, 0.04], [1, 1, 0, 1], [1, 0.04, 1, 0]])
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_the_distance_decides_which_categories_come_together() -> None:
+    """By their critical neurons b is nearer to c, by all of their scores nearer to a."""
+    profile = made_of(torch.tensor([[5.0, 0, 4, 4, 0], [0.0, 5, 4, 4, 0], [0.0, 5, 0, 0, 8]]))
+    masks = {"layer0": torch.tensor([[True, False, False, False, False]] + 2 * [[False, True, False, False, False]])}
+    critical = CriticalNeurons(profile.classes, masks, "taylor", "cumulative", 0.3)
+    assert [each.categories for each in semantic_slices(critical, profile, n_slices=2)] == [("a",), ("b", "c")]
+    by_cosine = semantic_slices(critical, profile, n_slices=2, distance="cosine")
+    assert [each.categories for each in by_cosine] == [("a", "b"), ("c",)]
 
 
 def test_equal_categories_are_at_distance_zero() -> None:
@@ -286,6 +322,7 @@ def test_a_missing_or_garbled_file_is_refused(tmp_path: Path, damage: str) -> No
         ({"distance_threshold": float("nan")}, "the distance threshold is nan"),
         ({"n_slices": 2, "distance_threshold": 0.5}, "both 2 slices and the distance threshold 0.5"),
         ({"linkage": "ward"}, "the linkage is 'ward'"),
+        ({"distance": "euclidean"}, "the distance is 'euclidean'"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings_: dict[str, object], message: str) -> None:
