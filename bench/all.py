@@ -18,7 +18,7 @@ from typing import Any
 
 from bench import common, tables
 from bench.catalogue import BENCHES, protocol_of, settings_of
-from bench.common import Row, Table
+from bench.common import Row, Table, missing, say
 from nss.files import read_json
 
 FULL = Path("docs/results")
@@ -51,8 +51,11 @@ class Job:
         return [self.name, *given, "--summary", "--json", str(self.result)]
 
     def is_finished(self) -> bool:
-        """Say whether the result file is of this protocol, or of the one with times as well."""
-        return self.result.exists() and read_json(self.result)["protocol"] in self._protocols()
+        """Say whether the result file is of this protocol, or of the one with times as well, and lacks no subject."""
+        if not self.result.exists():
+            return False
+        result = read_json(self.result)
+        return result["protocol"] in self._protocols() and not missing(result)
 
     def _protocols(self) -> list[dict[str, Any]]:
         kinds = {self.times, True}
@@ -97,14 +100,14 @@ def execute(job: Job, *, threads: int) -> Row:
         return {"name": job.name, "seconds": 0.0, "cpu_seconds": 0.0, "ok": True}
     log = common.CACHE / "logs" / f"{job.name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
-    _say(f"{job.name}: started, with {threads} threads{'' if job.times else ', without times'}")
+    say(f"{job.name}: started, with {threads} threads{'' if job.times else ', without times'}")
     started = time.perf_counter()
     code, cpu_seconds = _call(job.arguments, threads, log)
     seconds = time.perf_counter() - started
-    _say(f"{job.name}: {'finished' if code == 0 else f'failed with status {code}'} after {seconds:.0f} s")
+    say(f"{job.name}: {'finished' if code == 0 else f'failed with status {code}'} after {seconds:.0f} s")
     if code != 0:
         said = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        _say("\n".join(f"  {line}" for line in [*said[-SHOWN_LINES:], f"all of it: {log}"]))
+        say("\n".join(f"  {line}" for line in [*said[-SHOWN_LINES:], f"all of it: {log}"]))
     return {"name": job.name, "seconds": seconds, "cpu_seconds": cpu_seconds, "ok": code == 0}
 
 
@@ -129,7 +132,3 @@ def together(done: Iterable[Row]) -> list[Row]:
         for name in ("seconds", "cpu_seconds"):
             row[name] += each[name]
     return list(rows.values())
-
-
-def _say(message: str) -> None:
-    sys.stderr.write(f"bench: {message}\n")

@@ -46,22 +46,34 @@ def smaller(source: Source) -> str:
 
 
 def smaller_costs(source: Source) -> str:
-    """Worst class and times at shares of the multiply-adds, with the best of torch-pruning in each column."""
+    """Worst class, size and times at shares of the multiply-adds, with the best of torch-pruning in each column."""
     lines = []
     for first, model, budget in _budgets(source):
         own, aligned = _ours(source, model, budget), source.row(model=model, budget=budget, method="nss-8")
-        worst = best_in_bold([own, _best(source, model, budget, PEERS, "worst_class")], "worst_class")
-        timed = [own, aligned, _best(source, model, budget, PEERS, "speedup")]
-        made = [number(row, "seconds", "{:.0f}") for row in (own, _fastest(source, model, budget))]
-        lines.append([first, f"{100 * budget:.0f} %", *worst, *best_in_bold(timed, "speedup", _times), *made])
-    header = [
-        "worst class, fine-tuned: nss",
-        "torch-pruning",
-        "times faster: nss",
-        "nss, `multiple=8`",
-        "torch-pruning",
-    ]
-    return table(["network (whole)", "multiply-adds", *header, "seconds to make: nss", "torch-pruning"], lines)
+        best = {value: _best(source, model, budget, PEERS, value) for value in (*MEASURES, "seconds")}
+        cells = best_in_bold([own, best["worst_class"]], "worst_class")
+        cells += best_in_bold([own, best["params"]], "params", _in_per_cent, smallest=True)
+        cells += best_in_bold([own, best["bytes"]], "bytes", _kilobytes, smallest=True)
+        cells += best_in_bold([own, aligned, best["speedup"]], "speedup", _times)
+        cells += [number(row, "seconds", "{:.0f}") for row in (own, best["seconds"])]
+        lines.append([first, f"{100 * budget:.0f} %", *cells])
+    header = ["network (whole)", "multiply-adds"]
+    header += ["worst class, fine-tuned: nss", "torch-pruning", "weights left, %: nss", "torch-pruning"]
+    header += ["kilobytes: nss", "torch-pruning", "times faster: nss", "nss, `multiple=8`", "torch-pruning"]
+    return table([*header, "seconds to make: nss", "torch-pruning"], lines)
+
+
+def smaller_parts(source: Source) -> str:
+    """What fine-tuning leaves of the parts of nss: its neurons only cut, its neurons in eights, and torch-pruning."""
+    lines = []
+    for first, model, budget in _budgets(source):
+        ours = [source.row(model=model, budget=budget, method=method) for method in ("nss", "nss-8", "nss-cut")]
+        cells = best_in_bold([*ours, _best(source, model, budget, PEERS, "accuracy")], "accuracy")
+        cells += [number(row, "seconds", "{:.0f}") for row in ours[:2]]
+        lines.append([first, f"{100 * budget:.0f} %", *cells])
+    header = ["tuned: nss", "nss, `multiple=8`", "neurons of nss, only cut", "torch-pruning"]
+    header += ["seconds to make: nss", "nss, `multiple=8`"]
+    return table(["network (whole)", "multiply-adds", *header], lines)
 
 
 def behind(source: Source) -> str:
@@ -70,7 +82,7 @@ def behind(source: Source) -> str:
     for _, model, budget in _budgets(source):
         for value in MEASURES:
             own, peer = _ours(source, model, budget), _best(source, model, budget, PEERS, value)
-            if peer.get(value, 0) > own.get(value, 0):
+            if _sign(value) * peer.get(value, 0) > _sign(value) * own.get(value, 0):
                 found.setdefault(f"{short(model)}|{value}", []).append((budget, peer, own))
     made = [_span(each) for each in zip(*_seconds(source), strict=True)]
     lines = [_lost(*each) for each in found.items()]
@@ -88,7 +100,7 @@ def _lost(key: str, cases: list[tuple[float, Row, Row]]) -> str:
 
 def _seconds(source: Source) -> list[tuple[float, float]]:
     cases = [each[1:] for each in _budgets(source)]
-    return [(_fastest(source, *each)["seconds"], _ours(source, *each)["seconds"]) for each in cases]
+    return [(_best(source, *each, PEERS, "seconds")["seconds"], _ours(source, *each)["seconds"]) for each in cases]
 
 
 def _span(values: tuple[float, ...]) -> str:
@@ -142,29 +154,40 @@ def _families(source: Source, model: str, budget: float, value: str) -> list[Row
 
 def _best(source: Source, model: str, budget: float, methods: tuple[str, ...], value: str) -> Row:
     rows = [row for row in source.where(model=model, budget=budget) if row["method"] in methods]
-    return max(rows, key=lambda row: row.get(value, 0))
+    return max(rows, key=lambda row: _sign(value) * row.get(value, 0))
 
 
-def _fastest(source: Source, model: str, budget: float) -> Row:
-    rows = [row for row in source.where(model=model, budget=budget) if row["method"] in PEERS]
-    return min(rows, key=lambda row: row["seconds"])
+def _sign(value: str) -> int:
+    return -1 if value in SMALL_IS_BETTER else 1
 
 
 def _times(row: Row, name: str) -> str:
     return number(row, name, "{:.1f}")
 
 
+def _in_per_cent(row: Row, name: str) -> str:
+    return number(row, name, "{:.1f}", 100)
+
+
+def _kilobytes(row: Row, name: str) -> str:
+    return number(row, name, "{:.0f}", 1 / 1000)
+
+
+SMALL_IS_BETTER = ("params", "bytes", "seconds")
 # {figure: (what it is called where nss is behind, how it is written)}
 MEASURES: dict[str, tuple[str, Callable[[Row, str], str]]] = {
     "accuracy_before": ("untrained", percent),
     "accuracy": ("tuned", percent),
     "worst_class": ("worst class", percent),
+    "params": ("per cent of the weights left", _in_per_cent),
+    "bytes": ("kilobytes", _kilobytes),
     "speedup": ("times faster", _times),
 }
 # {what a marker names: (result file, what it becomes)}
 SECTIONS: dict[str, tuple[str, Section]] = {
     "smaller": ("restructure", smaller),
     "smaller-costs": ("restructure", smaller_costs),
+    "smaller-parts": ("restructure", smaller_parts),
     "behind": ("restructure", behind),
     "slices": ("rq1", sliced),
     "slices-by-threshold": ("rq1", sliced_by_threshold),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from bench.extend_peers import JOINT, REPLAY
 from bench.extend_peers import PEERS as LEARNERS
 from bench.extend_points import OUR_REPLAY, OURS
 from bench.measured import Row, Source, best_in_bold, number, percent, short, table
-from bench.readapt_cases import MAIN
+from bench.readapt_cases import ATTACK, MAIN
 from bench.readapt_peers import PEERS as FOLLOWERS
 from bench.rq3 import AGAINST, ALL
 
@@ -18,6 +19,10 @@ LEARNING = (*OUR_REPLAY, *LEARNERS)
 # What a method is called in a table, where its short name says too little.
 NAMES = {"full": "full retraining", "last": "last layers", "batchnorm": "BatchNorm only", "deeparc": "DeepArc"}
 NAMES |= {"naive": "retraining", "joint": "joint training", "ewc": "EWC", "lwf": "LwF"}
+ABOUT_ATTACKS = (
+    "New images that are attacks are left out of this mean, because a model can answer them right by reading the "
+    "attack; fresh attacks are made on the adapted model itself."
+)
 
 
 def followed(source: Source) -> str:
@@ -36,50 +41,106 @@ def followed(source: Source) -> str:
 
 def _over_all(source: Source) -> str:
     """Say how far nss is from two baselines in the mean of all cases."""
-    cases = len({(row["situation"], row["setting"]) for row in source.rows if row.get("situation") not in (None, ALL)})
+    cases = _cases(source.rows)
     words = []
-    for row in source.where(method=OURS, situation=ALL):
-        gains = [
-            f"{_points(row, f'new_vs_{peer}')} on new and {_points(row, f'old_vs_{peer}')} on old images against "
-            f"{NAMES[peer]}"
-            for peer in AGAINST
-            if f"new_vs_{peer}" in row
-        ]
-        words.append(f"{short(row['model'])} {', '.join(gains)}")
-    return f"Points that nss is ahead (+) or behind (-), mean of {cases} cases: {'; '.join(words)}."
+    for model in source.different("model"):
+        own = _of_cases(source.where(model=model, method=OURS))
+        gains = [f"{_gains(own, peer)} against {NAMES[peer]}" for peer in AGAINST]
+        words.append(f"{short(model)} {', '.join(gains)}")
+    said = f"Points that nss is ahead (+) or behind (-), mean of {len(cases)} cases: {'; '.join(words)}."
+    return f"{said} {ABOUT_ATTACKS}" if _has_attacks(cases) else said
 
 
-def _points(row: Row, name: str) -> str:
-    return f"{100 * row[name]:+.1f}"
+def _gains(own: Sequence[Row], peer: str) -> str:
+    """Say how far nss is from one baseline. own: its row of each case."""
+    mean = _mean_of_cases(own, *(f"{part}_vs_{peer}" for part in ("new", "old", "fresh")))
+    names = {f"new_vs_{peer}": "on new", f"old_vs_{peer}": "on old images", f"fresh_vs_{peer}": "on fresh attacks"}
+    parts = [f"{100 * mean[name]:+.1f} {where}" for name, where in names.items() if name in mean]
+    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
+
+
+def _mean_of_cases(rows: Sequence[Row], new: str, *others: str) -> dict[str, float]:
+    """Return means over the cases that have a figure, of `new` over those that are no attacks."""
+    kept = {new: [row for row in rows if row["situation"] != ATTACK], **dict.fromkeys(others, rows)}
+    values = {name: [row[name] for row in each if row.get(name) is not None] for name, each in kept.items()}
+    return {name: statistics.fmean(each) for name, each in values.items() if each}
+
+
+def _of_cases(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.get("situation") not in (None, ALL)]
+
+
+def _cases(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((row["situation"], row["setting"]) for row in _of_cases(rows)))
+
+
+def _has_attacks(cases: Sequence[tuple[str, str]]) -> bool:
+    return any(situation == ATTACK for situation, _ in cases)
 
 
 def followed_cases(source: Source) -> str:
-    """New / old accuracy of every case and method; the best of either is bold."""
+    """New / old accuracy of every case and method, of attacks also that on fresh ones; the best of each is bold.
+
+    New accuracy of attacks is not: it can be won by reading the attack.
+    """
     lines = []
     for model in source.different("model"):
-        rows_of_model = [row for row in source.where(model=model) if "situation" in row]
-        cases = list(dict.fromkeys((row["situation"], row["setting"]) for row in rows_of_model))
+        of_model = source.where(model=model)
+        cases = _cases(of_model)
         for place, (situation, setting) in enumerate(cases):
             rows = _by_method(source.where(model=model, situation=situation, setting=setting), FOLLOWING)
-            both = (best_in_bold(rows, f"{part}_accuracy", _plain) for part in ("new", "old"))
-            name = "mean of all" if situation == ALL else f"{situation}: {setting}"
             first = short(model) if place == 0 else ""
-            lines.append([first, name, *(f"{new} / {old}" for new, old in zip(*both, strict=True))])
-    return table(["network", "new / old", *_names(rows)], lines)
+            lines.append([first, f"{situation}: {setting}", *_parts(rows, judge_new=situation != ATTACK)])
+        name = "mean of all, new without attacks" if _has_attacks(cases) else "mean of all"
+        lines.append(["", name, *_parts(_means(of_model), judge_new=True)])
+    shown = "new / old / fresh attacks" if _has_attacks(_cases(source.rows)) else "new / old"
+    return table(["network", shown, *_names(rows)], lines)
+
+
+def _parts(rows: Sequence[Row], *, judge_new: bool) -> list[str]:
+    columns = [
+        best_in_bold(rows, "new_accuracy", _plain) if judge_new else [_plain(row, "new_accuracy") for row in rows]
+    ]
+    columns.append(best_in_bold(rows, "old_accuracy", _plain))
+    if any("fresh_accuracy" in row for row in rows):
+        columns.append(best_in_bold(rows, "fresh_accuracy", _plain))
+    return [" / ".join(each) for each in zip(*columns, strict=True)]
+
+
+def _means(rows: Sequence[Row]) -> list[Row]:
+    """Return a row of each method with its means over all cases."""
+    names = ("new_accuracy", "old_accuracy", "fresh_accuracy")
+    own = {method: [row for row in _of_cases(rows) if row["method"] == method] for method in FOLLOWING}
+    return [{"method": method, **_mean_of_cases(each, *names)} for method, each in own.items() if each]
 
 
 def followed_costs(source: Source) -> str:
-    """What the main case cost: weights trained, steps, and the time of those that were timed."""
+    """What the main case cost: weights trained, steps, whether and when the target was reached."""
     situation, setting = MAIN
     lines = []
     for model in source.different("model"):
         rows = source.where(model=model, situation=situation, setting=setting)
         for place, row in enumerate(_by_method(rows, FOLLOWING)):
-            cells = [number(row, "trained_share", "{:.0f} %", 100), number(row, "steps", "{:.0f}")]
-            cells += [number(row, "seconds_to_target", "{:.1f} s"), number(row, "time_vs_full", "{:.2f}")]
+            cells = [_share(row), number(row, "steps", "{:.0f}"), _steps_to_target(row), _time_to_target(row)]
             lines.append([short(model) if place == 0 else "", NAMES.get(row["method"], row["method"]), *cells])
-    header = ["network", "method", "weights trained", "steps", "time to the target", "of full retraining's"]
-    return table(header, lines)
+    times = "time to the target (share of full retraining's)"
+    return table(["network", "method", "weights trained", "steps", "steps to the target", times], lines)
+
+
+def _share(row: Row) -> str:
+    return number(row, "trained_share", "{:.0f} %" if row["trained_share"] >= 0.01 else "{:.2f} %", 100)
+
+
+def _steps_to_target(row: Row) -> str:
+    return number(row, "steps_to_target", "{:.0f}") if row["reached"] else "not reached"
+
+
+def _time_to_target(row: Row) -> str:
+    if not row["reached"]:
+        return "not reached"
+    if row.get("seconds_to_target") is None:
+        return "not timed"
+    return f"{number(row, 'seconds_to_target', '{:.1f} s')} ({number(row, 'time_vs_full', '{:.2f}')})"
 
 
 def learned(source: Source) -> str:

@@ -9,7 +9,9 @@ import os
 import platform
 import resource
 import statistics
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,10 +25,11 @@ from filelock import FileLock
 from rich.console import Console
 from torch import nn
 
+import nss
 from nss.base import train
 from nss.critical import critical_neurons
 from nss.data import Data, Dataset, load_data
-from nss.files import read_json, replacing, write_json
+from nss.files import file_digest, read_json, replacing, write_json
 from nss.ingest import add_batch, demo
 from nss.model import Classifier, build_model, load_model, save_model
 from nss.profile import Profile, profile
@@ -39,6 +42,10 @@ EPOCHS = {"digits": 15, "cifar10": 12}
 DEFAULT_EPOCHS = 5
 BATCH, RATE = 128, 0.1
 LATER = "left to a later run"
+# {what a row names of its subject: those that were asked for, in a protocol}
+SUBJECT = {"data": "data", "model": "models", "seed": "seeds"}
+# How slices are made that maintenance works with.
+KNOWLEDGE: dict[str, Any] = {"metric": "taylor", "rule": "cumulative", "threshold": 0.95}
 SHOWN = ("torch", "torchvision", "numpy", "scikit-learn", "captum", "torch-pruning")
 
 Row = dict[str, Any]
@@ -75,8 +82,9 @@ class Table:
     rows: Sequence[Row]
 
     def filled(self) -> tuple[str, ...]:
-        """Return the columns that have a value in any row."""
-        return tuple(name for name in self.columns if any(row.get(name) is not None for row in self.rows))
+        """Return the columns that have a value in any row, each with how many seeds have one where not all do."""
+        names = (name for column in self.columns for name in (column, f"{column}_seeds"))
+        return tuple(name for name in names if any(row.get(name) is not None for row in self.rows))
 
 
 @dataclass
@@ -91,7 +99,10 @@ class Report:
     """of each subject whose rows came from the repository: what it was measured with"""
 
     def write(self, path: Path, *, rows: bool = True, spent: Mapping[str, float] | None = None) -> None:
-        """Write the result file, with or without the rows that the summary is made of. spent: seconds it took."""
+        """Write the result file, with or without the rows that the summary is made of. spent: seconds it took.
+
+        It is the end of a run, so that what was taken of other code is said here.
+        """
         content = {
             "bench": self.settings.bench,
             "command": self.settings.command,
@@ -99,11 +110,13 @@ class Report:
             "machine": machine(),
             "spent": rounded(dict(spent or {})),
             "protocol": dict(self.protocol),
+            "measured": measured(self.rows),
             "stored": self.stored,
             "rows": self.rows if rows else [],
             "summary": rounded(self.summary),
         }
         write_json(path, {name: value for name, value in content.items() if value or name not in ("spent", "stored")})
+        say_other_code()
 
 
 def said(settings: Settings, protocol: Mapping[str, Any], left_out: str) -> dict[str, Any]:
@@ -112,6 +125,36 @@ def said(settings: Settings, protocol: Mapping[str, Any], left_out: str) -> dict
     quick = {"quick": left_out} if settings.quick else {}
     times = {} if settings.times else {"times": LATER}
     return {**protocol, "subjects": {name: list(each) for name, each in subjects.items()}, **quick, **times}
+
+
+def measured(rows: Iterable[Row]) -> list[Row]:
+    """Return the subjects that rows are of, each once: the data, model and seed, as far as the rows name them."""
+    named = ({name: row[name] for name in SUBJECT if name in row} for row in rows)
+    return [dict(each) for each in dict.fromkeys(tuple(subject.items()) for subject in named if subject)]
+
+
+def subjects_of(result: Mapping[str, Any]) -> list[Row]:
+    """Return the subjects that a result file has rows of.
+
+    One that does not say it is older: only when it was made of kept rows alone may it lack any that was asked for.
+    """
+    if "measured" in result:
+        found: list[Row] = result["measured"]
+        return found
+    return measured(result["stored"]) if "--stored" in result["command"].split() else asked_for(result)
+
+
+def asked_for(result: Mapping[str, Any]) -> list[Row]:
+    """Return the subjects that a result file was asked for."""
+    subjects = result["protocol"].get("subjects", {})
+    every = itertools.product(*(subjects.get(kind, ()) for kind in SUBJECT.values()))
+    return [dict(zip(SUBJECT, each, strict=True)) for each in every]
+
+
+def missing(result: Mapping[str, Any]) -> list[Row]:
+    """Return the subjects that a result file was asked for and has no rows of. Rows may be of all seeds alike."""
+    found = [each.items() for each in subjects_of(result)]
+    return [subject for subject in asked_for(result) if not any(each <= subject.items() for each in found)]
 
 
 def is_quick(result: Mapping[str, Any]) -> bool:
@@ -160,15 +203,19 @@ def machine() -> dict[str, Any]:
 
 
 def dataset(name: str) -> Dataset:
-    """Return "digits", an .npz by path, or one by name from the folder of downloaded sets; packed once."""
-    folder = CACHE / "data" / Path(name).stem
+    """Return "digits", an .npz by path, or one by name from the folder of downloaded sets; packed once.
+
+    A file is packed under its name and its content, so that it is never taken for another of the same name.
+    """
+    source = None if name == "digits" else _npz(name)
+    folder = CACHE / "data" / (f"{source.stem}-{file_digest(source)[:12]}" if source else name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / "dataset.json").exists():
-            if name == "digits":
-                demo(folder)
+            if source:
+                add_batch(folder, source)
             else:
-                add_batch(folder, _npz(name))
+                demo(folder)
     return load_data(folder)
 
 
@@ -220,8 +267,8 @@ class Subject:
 
 def knowledge(model: nn.Module, train: Data, per_class: int, *, windows: int = 0) -> tuple[Profile, SemanticSlices]:
     """Return what maintenance needs to know of a model: a profile of some images of each class, and slices by it."""
-    found = profile(model, train, ("taylor",), samples_per_class=per_class, windows=windows)
-    return found, semantic_slices(critical_neurons(found, "taylor", "cumulative", 0.95), found)
+    found = profile(model, train, (KNOWLEDGE["metric"],), samples_per_class=per_class, windows=windows)
+    return found, semantic_slices(critical_neurons(found, **KNOWLEDGE), found)
 
 
 def interleaved(runs: Mapping[str, Callable[[], int]], turns: int, warm_up: int) -> dict[str, float]:
@@ -243,34 +290,81 @@ def digest(content: Any) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
+def digest_of_code(package: Path) -> str:
+    """Short digest of the Python files of a package."""
+    return digest({path.relative_to(package).as_posix(): file_digest(path) for path in package.rglob("*.py")})
+
+
+# Of what this process runs: the files may be edited while it measures for hours.
+CODE = digest_of_code(Path(nss.__file__).parent)
+OTHER_CODE: Counter[Path] = Counter()
+"""how many entries of a folder were taken that other code has measured"""
+
+
+def note_code(folder: Path, code: str | None) -> None:
+    """Note by what code an entry was measured that is taken from a folder; None: nobody knows."""
+    if code != CODE:
+        OTHER_CODE[folder] += 1
+
+
+def say_other_code() -> None:
+    """Say what was taken of other code, a line for each folder: it still counts, and whoever reads it shall know."""
+    for folder, count in OTHER_CODE.items():
+        say(f"{folder}: {count} taken of other or unknown code of nss, remove them there to measure again")
+    OTHER_CODE.clear()
+
+
+def say(message: str) -> None:
+    """Write a line to standard error."""
+    sys.stderr.write(f"bench: {message}\n")
+
+
 def resumed(bench: str, key: Mapping[str, Any], measure: Callable[[], list[Row]]) -> list[Row]:
-    """Return the rows of one finished measurement, or measure now and keep them."""
+    """Return the rows of one finished measurement, or measure now and keep them. What other code measured counts."""
     path = CACHE / "rows" / bench / f"{digest(key)}.json"
     if path.exists():
-        rows: list[Row] = read_json(path)["rows"]
+        entry = read_json(path)
+        note_code(path.parent, entry.get("code"))
+        rows: list[Row] = entry["rows"]
         return rows
     rows = measure()
     with replacing(path) as part:
-        part.write_text(json.dumps({"key": key, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps({"key": key, "code": CODE, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return rows
 
 
 def mean_and_spread(rows: Iterable[Row], by: Sequence[str], values: Sequence[str]) -> list[Row]:
-    """Mean and standard deviation of `values` over the seeds of rows that agree in `by`."""
+    """Mean and standard deviation of `values` over the seeds of rows that agree in `by`.
+
+    >>> mean_and_spread([{"seed": 0, "seconds": 3.0}, {"seed": 1, "seconds": None}], (), ["seconds"])
+    [{'seeds': 2, 'seconds': 3.0, 'seconds_sd': None, 'seconds_seeds': 1}]
+    """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(name) for name in by), []).append(row)
     summary = []
     for key, members in groups.items():
-        entry: Row = dict(zip(by, key, strict=True))
-        entry["seeds"] = len({member.get("seed") for member in members})
+        entry: Row = {**dict(zip(by, key, strict=True)), "seeds": _seeds(members)}
         for name in values:
-            numbers = [member[name] for member in members if member.get(name) is not None]
-            if numbers:
-                entry[name] = statistics.fmean(numbers)
-                entry[f"{name}_sd"] = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+            entry |= _column(members, name)
         summary.append(entry)
     return summary
+
+
+def _seeds(rows: Iterable[Row]) -> int:
+    return len({row.get("seed") for row in rows})
+
+
+def _column(members: Sequence[Row], name: str) -> Row:
+    """Return mean and spread. Where seeds have no value, the number of those that do: the spread would be of fewer."""
+    having = [member for member in members if member.get(name) is not None]
+    if not having:
+        return {}
+    numbers = [member[name] for member in having]
+    mean = {name: statistics.fmean(numbers)}
+    if (seeds := _seeds(having)) < _seeds(members):
+        return {**mean, f"{name}_sd": None, f"{name}_seeds": seeds}
+    return {**mean, f"{name}_sd": statistics.stdev(numbers) if len(numbers) > 1 else 0.0}
 
 
 def show(tables: Iterable[Table]) -> None:

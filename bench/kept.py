@@ -2,22 +2,23 @@
 
 bench/rows/BENCH/DATA-MODEL-SEED.json holds all rows of one subject: all methods were measured against the same base
 model, on one machine. They are taken in place of a measurement as long as what decides them, the terms, is the same; to
-measure a subject again, remove its file.
+measure a subject again, remove its file. Other code of nss does not decide: it is noted, and said when rows are taken.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.common import Report, Row, Settings, digest, machine, rounded, versions
+from bench.common import CODE, SUBJECT, Report, Row, Settings, digest, machine, note_code, rounded, say, versions
 from nss.files import read_json, replacing
 
 ROWS = Path(__file__).resolve().parent / "rows"
+ORIGIN = (*SUBJECT, "versions", "machine", "code")
+"""what a result says of a subject whose rows are kept; files from before code was noted lack it"""
 
 Terms = Callable[[str], Mapping[str, Any]]
 Measure = Callable[[str, str, int], list[Row]]
@@ -50,21 +51,23 @@ def _of_subject(report: Report, subject: tuple[str, str, int], terms: Row, measu
     # A quick run is of other terms by design, and a run without times would keep rows that lack them.
     kept = None if settings.quick or not settings.times else _matching(path, _identity(settings, subject), terms)
     if kept is not None:
-        report.stored.append({name: kept[name] for name in ("data", "model", "seed", "versions", "machine")})
+        note_code(path.parent, kept.get("code"))
+        report.stored.append({name: kept[name] for name in ORIGIN if name in kept})
         rows: list[Row] = kept["rows"]
         return rows
     if settings.stored:
-        _say(f"{path.name} is missing: {' '.join(map(str, subject))} is left out")
+        say(f"{path.name} is missing: {' '.join(map(str, subject))} is left out")
         return []
     rows = rounded(measure(*subject))
     if settings.keep:
-        head = {"protocol": digest(terms), "command": settings.command, "versions": versions(), "machine": machine()}
-        _write(path, {**_identity(settings, subject), **head, "terms": terms}, rows)
+        head = {"protocol": digest(terms), "command": settings.command}
+        made = {"versions": versions(), "machine": machine(), "code": CODE}
+        _write(path, {**_identity(settings, subject), **head, **made, "terms": terms}, rows)
     return rows
 
 
 def _identity(settings: Settings, subject: tuple[str, str, int]) -> Row:
-    return {"bench": settings.bench, **dict(zip(("data", "model", "seed"), subject, strict=True))}
+    return {"bench": settings.bench, **dict(zip(SUBJECT, subject, strict=True))}
 
 
 def _matching(path: Path, identity: Row, terms: Row) -> Row | None:
@@ -77,7 +80,7 @@ def _matching(path: Path, identity: Row, terms: Row) -> Row | None:
     before = {**{name: kept[name] for name in identity}, **dict(_leaves(kept["terms"]))}
     now = {**identity, **dict(_leaves(terms))}
     for name in (name for name in {**before, **now} if before.get(name) != now.get(name)):
-        _say(f"{path.name} is of another protocol: {name} was {_short(before, name)}, now {_short(now, name)}")
+        say(f"{path.name} is of another protocol: {name} was {_short(before, name)}, now {_short(now, name)}")
     return None
 
 
@@ -106,7 +109,3 @@ def _plain(terms: Mapping[str, Any]) -> Row:
     """Return terms as they are read back: keys are texts, sequences are lists."""
     found: Row = json.loads(json.dumps(terms))
     return found
-
-
-def _say(message: str) -> None:
-    sys.stderr.write(f"bench: {message}\n")

@@ -29,6 +29,8 @@ class Source:
     path: Path
     command: str
     rows: Sequence[Row]
+    left_out: str = ""
+    """what a quick run leaves out or takes less of, as its protocol says"""
 
     @property
     def is_quick(self) -> bool:
@@ -51,7 +53,10 @@ class Source:
         return list(dict.fromkeys(row[name] for row in (self.rows if rows is None else rows) if name in row))
 
     def caption(self, page: Path) -> str:
-        """Say where the figures are from, how many seeds they are of, and how to make them; links are from `page`."""
+        """Say where the figures are from, how many seeds they are of, and how to make them; links are from `page`.
+
+        Of a quick run also what it leaves out.
+        """
         seeds = sorted({row.get("seeds", 1) for row in self.rows})
         words = " to ".join(dict.fromkeys(_WORDS.get(each, str(each)) for each in (seeds[0], seeds[-1])))
         scope = f"{words.capitalize()} seed{'s' * (seeds[-1] > 1)}"
@@ -63,7 +68,8 @@ class Source:
         links = f"[all figures]({folder}/{self.path.name})"
         if self.path.with_suffix(".png").exists():
             links += f", [picture]({folder}/{self.path.stem}.png)"
-        return f"{scope}; {links}, made by `{self.command}`."
+        left_out = f" It leaves out or takes less: {self.left_out}." if self.left_out else ""
+        return f"{scope}; {links}, made by `{self.command}`.{left_out}"
 
 
 def find(name: str, folder: Path = RESULTS) -> Source | None:
@@ -71,7 +77,8 @@ def find(name: str, folder: Path = RESULTS) -> Source | None:
     for path in (folder / f"{name}.json", folder / QUICK / f"{name}.json"):
         if path.exists():
             content = read_json(path)
-            return Source(path, content["command"], content["summary"])
+            left_out = content.get("protocol", {}).get("quick", "")
+            return Source(path, content["command"], content["summary"], left_out)
     return None
 
 
@@ -85,21 +92,32 @@ def percent(row: Row, name: str) -> str:
 
 
 def number(row: Row, name: str, pattern: str, unit: float = 1) -> str:
-    """Write a figure and its spread over more seeds than one; "-" when the row lacks it."""
+    """Write a figure and its spread over more seeds than one, or of how many seeds it is where some lack it.
+
+    "-" when the row lacks it.
+    """
     if row.get(name) is None:
         return "-"
     text = pattern.format(unit * row[name])
+    if f"{name}_seeds" in row:
+        return f"{text} ({row[f'{name}_seeds']} of {row['seeds']} seeds)"
     return f"{text} ± {pattern.format(unit * row[f'{name}_sd'])}" if row.get("seeds", 1) > 1 else text
 
 
-def best_in_bold(rows: Sequence[Row], name: str, write: Callable[[Row, str], str] = percent) -> list[str]:
-    """Write one figure of each row, the largest in bold: whoever it belongs to, and all that are written alike."""
+def best_in_bold(
+    rows: Sequence[Row], name: str, write: Callable[[Row, str], str] = percent, *, smallest: bool = False
+) -> list[str]:
+    """Write one figure of each row, the best in bold: whoever it belongs to, and all that are written alike.
+
+    smallest: whether the smallest is the best, not the largest.
+    """
     texts = [write(row, name) for row in rows]
     values = [row[name] for row in rows if row.get(name) is not None]
     if len(values) < 2:
         return texts
     heads = [text.split(" ± ")[0] for text in texts]
-    best = next(head for row, head in zip(rows, heads, strict=True) if row.get(name) == max(values))
+    wanted = min(values) if smallest else max(values)
+    best = next(head for row, head in zip(rows, heads, strict=True) if row.get(name) == wanted)
     return [f"**{text}**" if head == best else text for text, head in zip(texts, heads, strict=True)]
 
 

@@ -23,6 +23,7 @@ from nss.model import evaluating, network_of
 from nss.predict import accuracy
 from nss.samples import Samples
 from nss.size import count_parameters
+from nss.steps import passes_of
 
 PEERS = ("full", "last", "batchnorm", "deeparc")
 LAST = 2
@@ -143,16 +144,23 @@ def trained_layers(model: nn.Module, method: str, images: Tensor) -> tuple[str, 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model that a peer adapted. Entries of `curve` and `seconds` are of epochs, 0 before the first step."""
+    """A model that a peer adapts, and what it was after each epoch; entries are of epochs, 0 before the first step."""
 
     model: nn.Module
     curve: tuple[float, ...]
     """accuracy on the held-out new images, shares of 1"""
+    old_curve: tuple[float, ...]
+    """the same on the old ones"""
     seconds: tuple[float, ...]
-    """since the start, judging included"""
-    kept_epoch: int
+    """since the start, judging on new images included"""
+    states: tuple[dict[str, Any], ...]
     steps: int
     trained_share: float
+
+    def at(self, epoch: int) -> nn.Module:
+        """Return the model as it was after an epoch."""
+        self.model.load_state_dict(self.states[epoch])
+        return self.model.eval()
 
 
 def train_peer(
@@ -160,6 +168,7 @@ def train_peer(
     layers: Sequence[str],
     new: Samples,
     held_out: Samples,
+    old: Samples,
     learning_rate: float,
     *,
     epochs: int,
@@ -169,25 +178,24 @@ def train_peer(
 ) -> Trained:
     """Train some layers of a copy as `nss.readapt` trains: the same batches in the same order, Adam, one cycle.
 
-    layers: modules of the network. statistics: whether the BatchNorms among them follow the batches. The epoch with the
-    best accuracy on held-out new images is kept, the first of several; `model` stays as it is.
+    layers: modules of the network. held_out, old: new and old images that each epoch is judged on. statistics: whether
+    the BatchNorms among the layers follow the batches. `model` stays as it is.
     """
-    started = time.perf_counter()
     twin = copy.deepcopy(model).requires_grad_(False)
     for name in layers:
         network_of(twin).get_submodule(name).requires_grad_()
     free = [each for each in twin.parameters() if each.requires_grad]
-    each_epoch = len(new) // min(batch_size, len(new))
+    size = min(batch_size, len(new))
+    each_epoch = passes_of(len(new), size) * (len(new) // size)
     optimizer = torch.optim.Adam(free, learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=epochs * each_epoch, cycle_momentum=False
     )
-    curve, seconds, best = [accuracy(twin, (held_out.images, held_out.labels))], [time.perf_counter() - started], 0
-    kept = _entries(twin)
+    log = _Log(twin, held_out, old)
     orders = batches(len(new), epochs * each_epoch, batch_size, torch.Generator().manual_seed(seed))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # dropout
-        for epoch in range(1, epochs + 1):
+        for _ in range(epochs):
             train_mode(network_of(twin), layers, statistics)
             for rows in itertools.islice(orders, each_epoch):
                 loss = F.cross_entropy(twin(new.images[rows]), new.labels[rows])
@@ -195,13 +203,34 @@ def train_peer(
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-            curve.append(accuracy(twin, (held_out.images, held_out.labels)))
-            seconds.append(time.perf_counter() - started)
-            if curve[-1] > curve[best]:
-                best, kept = epoch, _entries(twin)
-    twin.load_state_dict(kept)
+            log.judge()
     share = sum(each.numel() for each in free) / count_parameters(model)
-    return Trained(twin.eval(), tuple(curve), tuple(seconds), best, epochs * each_epoch, share)
+    return Trained(
+        twin, tuple(log.new), tuple(log.known), tuple(log.seconds), tuple(log.states), epochs * each_epoch, share
+    )
+
+
+class _Log:
+    """Judges a model in training, and keeps what it was."""
+
+    def __init__(self, model: nn.Module, held_out: Samples, old: Samples) -> None:
+        self.model, self.parts = model, (held_out, old)
+        self.new: list[float] = []
+        self.known: list[float] = []
+        self.seconds: list[float] = []
+        self.states: list[dict[str, Any]] = []
+        self._spent, self._since = 0.0, time.perf_counter()
+        self.judge()
+
+    def judge(self) -> None:
+        """Note what the model has come to; the clock stands still where only this bench looks at old images."""
+        held_out, old = ((each.images, each.labels) for each in self.parts)
+        self.new.append(accuracy(self.model, held_out))
+        self._spent += time.perf_counter() - self._since
+        self.seconds.append(self._spent)
+        self.known.append(accuracy(self.model, old))
+        self.states.append({name: each.detach().clone() for name, each in self.model.state_dict().items()})
+        self._since = time.perf_counter()
 
 
 def train_mode(network: nn.Module, layers: Sequence[str] | None, statistics: bool) -> None:
@@ -210,7 +239,3 @@ def train_mode(network: nn.Module, layers: Sequence[str] | None, statistics: boo
     for name, module in network.named_modules():
         if isinstance(module, NORMS) and not (statistics and (layers is None or name in layers)):
             module.eval()
-
-
-def _entries(model: nn.Module) -> dict[str, Any]:
-    return {name: each.detach().clone() for name, each in model.state_dict().items()}

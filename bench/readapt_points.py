@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from nss.readapt import Readapted, readapt
 from nss.samples import Samples
 from nss.slice import SemanticSlices
 
-OURS = "nss"
+FULL, OURS = "full", "nss"
 SHARE, BATCH = 0.2, 64
 MARGIN = 0.005
 """so much less new accuracy than full retraining's best counts as enough"""
@@ -65,19 +66,22 @@ class Points:
         return self.subject.known if model is self.subject.model else self.subject.knowledge(model)
 
     def peers(self) -> list[Row]:
-        """Return a row for each baseline, learning rate and treatment of the statistics."""
-        rows = []
+        """Return a row for each baseline, learning rate and treatment of the statistics, at the epoch chosen for it."""
+        rows: list[Row] = []
         probe = self.subject.first("train", 0, PROBE).images
-        for method in PEERS:
+        goal = 1.0
+        for method in PEERS:  # full retraining first: it sets the goal
             layers = trained_layers(self.case.model, method, probe)
             settings = list(itertools.product(self.grid.rates[method], self.grid.statistics[method]))
             made = [self._peer(layers, *setting) for setting in settings]
+            if method == FULL:
+                goal = goal_of(each.curve for each in made)
             found = [
-                {"method": method, "learning_rate": rate, "statistics": moving, **self._peer_row(each)}
+                {"method": method, "learning_rate": rate, "statistics": moving, **_peer_row(each, goal)}
                 for (rate, moving), each in zip(settings, made, strict=True)
             ]
-            place = best_new(found)
-            found[place] |= {"chosen": True, **self._tested(made[place].model)}
+            place = best_point(found, goal)
+            found[place] |= {"chosen": True, **self._tested(made[place].at(found[place]["kept_epoch"]))}
             rows += found
         return rows
 
@@ -87,19 +91,13 @@ class Points:
             layers,
             self.case.new,
             self.case.held_out,
+            self.case.old,
             rate,
             epochs=self.grid.epochs,
             batch_size=BATCH,
             seed=self.subject.seed,
             statistics=statistics,
         )
-
-    def _peer_row(self, trained: Trained) -> Row:
-        return {
-            **self._validated(trained.model, trained.curve, trained.kept_epoch),
-            "trained_share": trained.trained_share,
-            "steps": trained.steps,
-        }
 
     def ours(self, goal: float) -> list[Row]:
         """Return a row for each learning rate and guard. goal: the validation accuracy on new that is enough."""
@@ -109,7 +107,7 @@ class Points:
             {"method": OURS, "learning_rate": rate, "guard": guard, **self._our_row(each)}
             for (rate, guard), each in zip(settings, made, strict=True)
         ]
-        place = best_of_ours(rows, goal)
+        place = best_point(rows, goal)
         rows[place] |= {"chosen": True, **self._tested(made[place].model)}
         return rows
 
@@ -129,9 +127,9 @@ class Points:
             patience=epochs,
         )
 
-    def timed(self, full: Row, own: Row) -> list[Row]:
-        """Time two points again, in turn: medians of the seconds at the end of each epoch, with the rest of the row."""
-        layers = trained_layers(self.case.model, "full", self.subject.first("train", 0, PROBE).images)
+    def timed(self, full: Row, own: Row) -> list[list[float]]:
+        """Time two points again, in turn: for each the medians of the seconds at the end of its epochs."""
+        layers = trained_layers(self.case.model, FULL, self.subject.first("train", 0, PROBE).images)
         seconds: list[list[list[float]]] = [[], []]
         for _ in range(TURNS):
             trained = self._peer(layers, full["learning_rate"], full["statistics"])
@@ -141,23 +139,14 @@ class Points:
                 for epochs in (1, self.grid.epochs)
             )
             seconds[1].append(epoch_seconds(first, whole, self.grid.epochs))
-        medians = [[statistics.median(each) for each in zip(*runs, strict=True)] for runs in seconds]
-        rows = zip((full, own), medians, strict=True)
-        return [{**row, "seconds": each[-1], "epoch_seconds": each} for row, each in rows]
+        return [[statistics.median(each) for each in zip(*runs, strict=True)] for runs in seconds]
 
     def _our_row(self, found: Readapted) -> Row:
         report = found.report
         curve = [float(each.new_accuracy or 0) for each in report.curve]
-        return {
-            **self._validated(found.model, curve, report.kept_epoch),
-            "trained_share": report.trained_share,
-            "steps": report.steps,
-        }
-
-    def _validated(self, model: nn.Module, curve: Iterable[float], kept_epoch: int) -> Row:
-        points = list(curve)
-        row = {"new_val": points[kept_epoch], "old_val": _right(model, self.case.old)}
-        return {**row, "kept_epoch": kept_epoch, "curve": points, "chosen": False}
+        judged = {"new_val": curve[report.kept_epoch], "old_val": _right(found.model, self.case.old)}
+        judged |= {"kept_epoch": report.kept_epoch, "curve": curve, "chosen": False}
+        return {**judged, "trained_share": report.trained_share, "steps": report.steps}
 
     def _tested(self, model: nn.Module) -> Row:
         new, old = (_right(model, samples) for samples in self._test)
@@ -171,17 +160,29 @@ def _right(model: nn.Module, samples: Samples) -> float:
     return accuracy(model, (samples.images, samples.labels))
 
 
-def best_new(rows: Sequence[Row]) -> int:
-    """Return which row is best on new validation images, of equals the one that is best on old ones."""
-    return max(range(len(rows)), key=lambda place: (rows[place]["new_val"], rows[place]["old_val"]))
+def _peer_row(trained: Trained, goal: float) -> Row:
+    points = [{"new_val": new, "old_val": old} for new, old in zip(trained.curve, trained.old_curve, strict=True)]
+    epoch = best_point(points, goal)
+    row = {**points[epoch], "kept_epoch": epoch, "curve": list(trained.curve), "chosen": False}
+    return {**row, "trained_share": trained.trained_share, "steps": trained.steps}
 
 
-def best_of_ours(rows: Sequence[Row], goal: float) -> int:
-    """Return which row is best on old validation images of those that reach `goal` on new ones; else `best_new`."""
-    enough = [place for place, row in enumerate(rows) if row["new_val"] >= goal]
-    if not enough:
-        return best_new(rows)
-    return max(enough, key=lambda place: (rows[place]["old_val"], rows[place]["new_val"]))
+def goal_of(curves: Iterable[Sequence[float]]) -> float:
+    """Return the accuracy on new validation images that is enough: MARGIN below the best of full retraining's epochs.
+
+    curves: of all its settings.
+    """
+    return round(max(map(max, curves)) - MARGIN, 9)
+
+
+def best_point(points: Sequence[Row], goal: float) -> int:
+    """Return which point is best on old validation images of those that reach `goal` on new ones, else on new ones.
+
+    Of equals the one that is better on the others, then the first.
+    """
+    enough = [place for place, point in enumerate(points) if point["new_val"] >= goal]
+    places, first, second = (enough, "old_val", "new_val") if enough else (range(len(points)), "new_val", "old_val")
+    return max(places, key=lambda place: (points[place][first], points[place][second]))
 
 
 def epoch_seconds(first: float, whole: float, epochs: int) -> list[float]:
@@ -194,10 +195,20 @@ def epoch_seconds(first: float, whole: float, epochs: int) -> list[float]:
 
 
 def to_target(row: Row, target: float) -> Row:
-    """Return whether and when a point reaches `target` on new validation images; None where it does not."""
-    epoch = next((epoch for epoch, value in enumerate(row["curve"]) if value >= target), None)
+    """Return whether and after how many steps a point reaches `target` on new validation images; None: it does not."""
+    epoch = reached_at(row, target)
     steps = None if epoch is None else row["steps"] * epoch / (len(row["curve"]) - 1)
-    found = {"reached": float(epoch is not None), "steps_to_target": steps}
-    if "epoch_seconds" not in row:
-        return found
-    return {**found, "seconds_to_target": None if epoch is None else row["epoch_seconds"][epoch]}
+    return {"reached": float(epoch is not None), "steps_to_target": steps}
+
+
+def reached_at(row: Row, target: float) -> int | None:
+    """Return the first epoch that reaches `target` on new validation images."""
+    return next((epoch for epoch, value in enumerate(row["curve"]) if value >= target), None)
+
+
+def fastest(rows: Sequence[Row], target: float) -> Row:
+    """Return the row that reaches `target` after the fewest epochs, of equals, or where none does, the first.
+
+    A baseline's time to the target is that of the setting that gets there first, wherever it ends.
+    """
+    return min(rows, key=lambda row: math.inf if (epoch := reached_at(row, target)) is None else epoch)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bench.common import (
     CACHE,
+    KNOWLEDGE,
     Report,
     Row,
     Settings,
@@ -36,7 +37,7 @@ from bench.common import (
     training,
 )
 from bench.kept import add_subjects
-from bench.peers import CAP, PEERS, prune, taylor_gradients
+from bench.peers import CAP, HALVINGS, PEERS, TOLERANCE, prune, taylor_gradients
 from nss.evaluate import Evaluation, evaluate
 from nss.finetune import fine_tune
 from nss.latency import random_pixels, time_calls
@@ -133,12 +134,19 @@ def tables(summary: Sequence[Row]) -> list[Table]:
 
 def _terms(size: Size) -> Row:
     """Return what decides the rows of a subject."""
-    return {**_numbers(size), "methods": [*METHODS], "budgets": [*size.budgets], "aligned": ALIGNED, "cap": CAP}
+    return {**_numbers(size), **_timing(), "methods": [*METHODS], "budgets": [*size.budgets]}
 
 
 def _numbers(size: Size) -> Row:
-    tuning = [size.images, size.epochs, BATCH, LEARNING_RATE]
-    return {"per_class": PER_CLASS, "calibration": CALIBRATION, "fine_tune": tuning}
+    """Return what decides the row of any method and budget, latencies apart."""
+    seen = {"knowledge": KNOWLEDGE, "per_class": PER_CLASS, "calibration": CALIBRATION}
+    peers = {"cap": CAP, "bisection": {"tolerance": TOLERANCE, "halvings": HALVINGS}}
+    return {**seen, **peers, "aligned": ALIGNED, "fine_tune": [size.images, size.epochs, BATCH, LEARNING_RATE]}
+
+
+def _timing() -> Row:
+    """Return what decides latencies."""
+    return {"repeats": REPEATS}
 
 
 def _against_the_best(rows: Sequence[Row]) -> list[Row]:
@@ -261,7 +269,7 @@ def _size(model: Classifier, smaller: Classifier) -> Row:
 
 def _timed(subject: _Subject, identity: Row, rows: Sequence[Row]) -> list[Row]:
     """Add the latencies of the saved models, measured again for other weights or another number of threads."""
-    key = {**identity, "weights": [row["weights"] for row in rows], "threads": torch.get_num_threads()}
+    key = {**identity, "weights": [row["weights"] for row in rows], "threads": torch.get_num_threads(), **_timing()}
 
     def measure() -> list[Row]:
         models = {row["saved"]: load_model(CACHE / "restructured" / row["saved"]) for row in rows}

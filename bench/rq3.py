@@ -20,22 +20,50 @@ from matplotlib.figure import Figure
 
 from bench.common import Report, Row, Settings, Table, mean_and_spread, resumed, said, show, training
 from bench.kept import add_subjects
-from bench.readapt_cases import ATTACK, DRIFT, EPS, MAIN, NEW, OTHERS, PER_CLASS, PGD_STEPS, REPAIR, Subject
+from bench.readapt_cases import (
+    ATTACK,
+    DRIFT,
+    EPS,
+    MAIN,
+    MUTANT_IMAGES,
+    NEW,
+    OTHERS,
+    PER_CLASS,
+    PGD_STEPS,
+    REPAIR,
+    Subject,
+)
 from bench.readapt_peers import LAST, PEERS, THRESHOLD
-from bench.readapt_points import BATCH, FRESH, MARGIN, OURS, SHARE, TURNS, Grid, Points, to_target
+from bench.readapt_points import (
+    BATCH,
+    FRESH,
+    FULL,
+    MARGIN,
+    OURS,
+    PROBE,
+    SHARE,
+    TURNS,
+    Grid,
+    Points,
+    fastest,
+    goal_of,
+    reached_at,
+    to_target,
+)
 from bench.step_time import BATCH as STEP_BATCH
 from bench.step_time import REPEATS, step_times
 from nss.model import model_digest
 
 STEP_TIME = "nss.zoo:vgg_small"
-_TRAINED = ("full", "last", "deeparc")
+_TRAINED = (FULL, "last", "deeparc")
 # Moving statistics are better in some networks, fixed ones in others.
 _EITHER = {**dict.fromkeys(_TRAINED, (False, True)), "batchnorm": (True,)}
+# As many settings for every method; BatchNorm alone has no choice of statistics, and twice as many rates for it.
 WHOLE = Grid(
     epochs=10,
     rates={
-        **dict.fromkeys(_TRAINED, (0.0015, 0.003, 0.006)),
-        "batchnorm": (0.01, 0.03, 0.1),
+        **dict.fromkeys(_TRAINED, (0.00075, 0.0015, 0.003, 0.006)),
+        "batchnorm": (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1),
         OURS: (0.0075, 0.015),
     },
     guards=(0.0, 0.3, 1.0, 3.0),
@@ -46,9 +74,8 @@ WHOLE = Grid(
 SMALL = Grid(
     epochs=5,
     rates={
-        **dict.fromkeys(("full", "deeparc"), (0.002, 0.005)),
-        "last": (0.004,),
-        "batchnorm": (0.02, 0.05),
+        **dict.fromkeys(_TRAINED, (0.002, 0.005)),
+        "batchnorm": (0.01, 0.02, 0.05, 0.1),
         OURS: (0.0075, 0.015),
     },
     guards=(0.3, 1.0),
@@ -56,10 +83,11 @@ SMALL = Grid(
     held_out=500,
     test=1000,
 )
-# For a look: each baseline once, with fixed statistics where other weights are trained; ours at one rate.
+# For a look: each method once, baselines with fixed statistics where other weights are trained.
 TINY = replace(
     SMALL,
     rates={**dict.fromkeys(_TRAINED, (0.004,)), "batchnorm": (0.05,), OURS: (0.015,)},
+    guards=(1.0,),
     statistics={**dict.fromkeys(_TRAINED, (False,)), "batchnorm": (True,)},
 )
 CASES = {MAIN: WHOLE, **dict.fromkeys(OTHERS, SMALL)}
@@ -67,7 +95,7 @@ QUICK = dict.fromkeys((MAIN, (ATTACK, "fgsm"), (REPAIR, "drop 0.3")), TINY)
 SUBJECT = ("data", "model", "seed")
 BY = ("data", "model", "situation", "setting", "method")
 ACCURACIES = ("new_accuracy", "old_accuracy", "fresh_accuracy")
-AGAINST = ("full", "deeparc")
+AGAINST = (FULL, "deeparc")
 AHEAD = tuple(f"{part}_vs_{peer}" for peer in AGAINST for part in ("new", "old"))
 FRESH_AHEAD = tuple(f"fresh_vs_{peer}" for peer in AGAINST)
 TIMES = ("seconds", "reached", "steps_to_target", "seconds_to_target", "time_vs_full")
@@ -91,26 +119,36 @@ PROTOCOL = {
     "old": "the same held-out images before the change: old_val; the same of the test split: old_accuracy",
     "training": f"Adam, one cycle, batches of {BATCH} in the same order, {WHOLE.epochs} epochs ({SMALL.epochs} outside "
     "the main case) for every method, no early stop; no old image is trained on",
+    "settings": f"full, last, deeparc: rates {WHOLE.rates[FULL]}, outside the main case {SMALL.rates[FULL]}, each with "
+    "the statistics of the BatchNorms that they train fixed and moving; batchnorm: rates "
+    f"{WHOLE.rates['batchnorm']}, {SMALL.rates['batchnorm']}; nss: rates {WHOLE.rates[OURS]} with the guards "
+    f"{WHOLE.guards}, {SMALL.guards}",
     "baselines": f"full; last: the last {LAST} layers; batchnorm: scale, shift and statistics; deeparc: modules of "
     f"neighbours with a CKA above {THRESHOLD}, lowered until there are at most half as many modules as layers, the "
-    "first layers of the modules trained; full, last and deeparc each with the statistics of the BatchNorms that they "
-    "train fixed and moving, whichever is better",
-    "nss": f"share {SHARE}; profile of the first {PER_CLASS} training images of each category, not counted in its "
-    "seconds; no old data",
-    "choice": "on validation, for each case and seed: a baseline by its best new_val; nss: of the points with at least "
-    f"full's best new_val - {MARGIN} the one with the best old_val, where there is none the best new_val",
+    "first layers of the modules trained",
+    "nss": f"share {SHARE}; the guard is made from a profile of the first {PER_CLASS} training images of each "
+    "category, not counted in its seconds",
+    "choice": "for each case and seed, by the held-out images, the same for every method: of its points that reach "
+    "the target on new ones the one that is best on old ones, where there is none the best on new ones; a baseline's "
+    "points are all epochs of all its settings, those of nss its settings, each at the epoch that readapt keeps, which "
+    "looks at no old image",
     "judged on": f"test images, the chosen points alone, once: the whole test split, {SMALL.test} of it outside the "
-    "main case; the frontier of all points is on validation",
-    "target": f"full's best new_val - {MARGIN}; the first epoch that reaches it, judging included",
-    "seconds": f"main case, chosen points of full and nss, medians of {TURNS} runs in turn; nss: on a line from a run "
-    "of one epoch to the run itself, so that its choice of neurons counts in full; time_vs_full: share of full's "
-    "seconds to the target, of those that reach it",
+    "main case; the frontier of all settings is on validation",
+    "target": f"new_val: that of full's best epoch of all settings - {MARGIN}; reached by the first epoch that does, "
+    "of a baseline in the setting that gets there first",
+    "seconds": f"main case, full in the setting that reaches the target first, and the chosen point of nss: medians of "
+    f"{TURNS} runs in turn; nss: on a line from a run of one epoch to the run itself, so that its choice of neurons "
+    "counts in full; judging on new images included; time_vs_full: share of full's seconds to the target, of those "
+    "that reach it",
     "vs": "new, old and fresh accuracy of nss less that of the baseline; situation all: mean over all cases",
-    "step time": f"median milliseconds of {REPEATS} steps in turn, batches of {STEP_BATCH}, Adam; free: share {SHARE}",
+    "step time": f"median milliseconds of {REPEATS} steps in turn, batches of {STEP_BATCH}, Adam; free: share {SHARE}; "
+    "full: statistics of the BatchNorms from the batch, as training does; full, fixed: as they are",
 }
 LEFT_OUT = (
-    f"cases but {', '.join(setting for _, setting in QUICK)}; one setting of each baseline, no choice, of nss the "
-    f"guards {TINY.guards}; {TINY.epochs} epochs, {TINY.held_out} held-out and {TINY.test} test images in each case"
+    f"cases but {', '.join(setting for _, setting in QUICK)}; one setting of each method, a choice of a baseline's "
+    f"epoch alone: rate {TINY.rates[FULL][0]}, of batchnorm {TINY.rates['batchnorm'][0]}, of nss {TINY.rates[OURS][0]} "
+    f"with guard {TINY.guards[0]:g}, statistics fixed but of batchnorm; {TINY.epochs} epochs, {TINY.held_out} held-out "
+    f"and {TINY.test} test images in each case"
 )
 COLUMNS = (
     "situation and setting say what happened to the images or to the model; accuracy on new and on old test images, "
@@ -151,13 +189,14 @@ def tables(summary: Sequence[Row]) -> list[Table]:
 
 def _terms(cases: Mapping[tuple[str, str], Grid]) -> Row:
     """Return what decides the rows of a subject."""
-    turns = {"turns": TURNS, "margin": MARGIN, "step": [STEP_BATCH, REPEATS]}
+    turns = {"turns": TURNS, "step": [STEP_BATCH, REPEATS]}
     return {**_numbers(), **turns, "cases": {" ".join(case): asdict(grid) for case, grid in cases.items()}}
 
 
 def _numbers() -> Row:
-    attack, own = [EPS, PGD_STEPS, FRESH], [SHARE, PER_CLASS]
-    return {"new": NEW, "attack": attack, "nss": own, "peers": [LAST, THRESHOLD], "batch": BATCH}
+    attack, own, peers = [EPS, PGD_STEPS, FRESH], [SHARE, PER_CLASS], [LAST, THRESHOLD, PROBE]
+    numbers = {"new": NEW, "attack": attack, "mutant": MUTANT_IMAGES, "nss": own, "peers": peers, "batch": BATCH}
+    return {**numbers, "margin": MARGIN, "choice": "old_val of those that reach the target"}
 
 
 def _one(subject: Subject, cases: Mapping[tuple[str, str], Grid], *, times: bool) -> list[Row]:
@@ -176,25 +215,45 @@ def _case(subject: Subject, case: tuple[str, str], grid: Grid, *, times: bool) -
         return Points(subject, subject.case(situation, setting, grid.held_out), grid)
 
     peers = resumed("rq3-peers", key, lambda: [{**identity, **row} for row in points().peers()])
-    target = round(max(row["new_val"] for row in peers if row["method"] == "full") - MARGIN, 9)
+    target = goal_of(row["curve"] for row in peers if row["method"] == FULL)
     ours = resumed("rq3-nss", {**key, "target": target}, lambda: [{**identity, **row} for row in points().ours(target)])
-    rows = [*peers, *ours]
-    if case == MAIN and times:
-        rows = _timed(rows, key, points)
-    return [{**row, "target": target, **to_target(row, target)} for row in rows]
+    rows = [{**row, "target": target} for row in (*peers, *ours)]
+    first = {
+        method: fastest([row for row in rows if row["method"] == method and (method != OURS or row["chosen"])], target)
+        for method in dict.fromkeys(row["method"] for row in rows)
+    }
+    rows = [{**row, **to_target(first[row["method"]] if row["chosen"] else row, target)} for row in rows]
+    return _timed(rows, first, key, points) if case == MAIN and times else rows
 
 
-def _timed(rows: Sequence[Row], key: Row, points: Callable[[], Points]) -> list[Row]:
-    """Time the chosen points of full retraining and ours; the others stay without times."""
-    chosen = [next(row for row in rows if row["chosen"] and row["method"] == method) for method in ("full", OURS)]
-    key = {**key, "rows": chosen, "threads": torch.get_num_threads()}
-    timed = resumed("rq3-time", key, lambda: points().timed(*chosen))
-    return [*(row for row in rows if row not in chosen), *timed]
+def _timed(rows: Sequence[Row], first: Mapping[str, Row], key: Row, points: Callable[[], Points]) -> list[Row]:
+    """Add to the chosen rows of full retraining and of ours what `first`, the settings that count, take."""
+    timed = [first[FULL], first[OURS]]
+    key = {**key, "rows": timed, "turns": TURNS, "threads": torch.get_num_threads()}
+
+    def measure() -> list[Row]:
+        seconds = points().timed(*timed)
+        return [{"method": row["method"], "seconds": each} for row, each in zip(timed, seconds, strict=True)]
+
+    seconds = {row["method"]: row["seconds"] for row in resumed("rq3-time", key, measure)}
+    return [
+        {**row, **_times(first[row["method"]], seconds[row["method"]])}
+        if row["chosen"] and row["method"] in seconds
+        else row
+        for row in rows
+    ]
+
+
+def _times(row: Row, seconds: Sequence[float]) -> Row:
+    """seconds: at the end of each epoch."""
+    epoch = reached_at(row, row["target"])
+    return {"seconds": seconds[-1], "seconds_to_target": None if epoch is None else seconds[epoch]}
 
 
 def _step_times(subject: Subject) -> list[Row]:
     identity = {"data": subject.name, "model": subject.factory, "seed": subject.seed}
     key = {**identity, "weights": model_digest(subject.model), "share": SHARE, "threads": torch.get_num_threads()}
+    key |= {"step": [STEP_BATCH, REPEATS], "full": "both kinds of statistics"}
     return resumed("rq3-step-time", key, lambda: [{**identity, **row} for row in step_times(subject, SHARE)])
 
 
@@ -228,7 +287,7 @@ def _differences(row: Row, same: dict[str, Row]) -> Row:
 
 
 def _share_of_time(row: Row, same: dict[str, Row]) -> Row:
-    own, full = row.get("seconds_to_target"), same["full"].get("seconds_to_target")
+    own, full = row.get("seconds_to_target"), same[FULL].get("seconds_to_target")
     return {"time_vs_full": own / full if own is not None and full else None}
 
 

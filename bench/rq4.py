@@ -16,7 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.common import Report, Row, Settings, Table, mean_and_spread, resumed, said, show, training
+from bench.common import DEFAULT_EPOCHS, Report, Row, Settings, Table, mean_and_spread, resumed, said, show, training
 from bench.extend_cases import BASE, CHAIN, HALVES, PER_CLASS, SHARE, Subject
 from bench.extend_peers import (
     DEEPARC,
@@ -88,8 +88,8 @@ VALUES = (*JUDGED, "before", "told_lost", *AGAINST, "val", *COSTS)
 ENDS = ("told", "accuracy", "told_forgetting", "forgetting")
 PROTOCOL = {
     "data": f"the first five classes are known, the others arrive; of each task, in each split, the first "
-    f"{WHOLE.images} images are used, as many of each class; the base model, of {BASE}, is trained as all base "
-    "models of the benchmarks",
+    f"{WHOLE.images} images are used, as many of each class; the base model, of {BASE}, is trained for "
+    f"{DEFAULT_EPOCHS} epochs, the same for every data set",
     "budget": f"{WHOLE.epochs} epochs over the new images, batches of {BATCH}, SGD with Nesterov "
     f"momentum, weight decay {WEIGHT_DECAY}, one cycle, the same for all; no epoch is chosen",
     "told": "among the classes of the image's own task: told_old, told_new; not told, among all: old_accuracy, "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bench.common import Row, interleaved
 from bench.readapt_cases import Subject
+from bench.readapt_peers import train_mode
 from nss.freeze import freeze
 from nss.guard import Guard
 from nss.model import network_of
@@ -20,11 +21,15 @@ from nss.tunable import tunable_neurons
 
 BATCH, REPEATS, WARM_UP = 128, 40, 5
 CHOOSING = 500
-FULL = "full"
+FULL, FIXED = "full", "full, fixed"
 
 
 def step_times(subject: Subject, share: float) -> list[Row]:
-    """Return the median milliseconds of a full step and of one with `share` of the weights free, and of its guard."""
+    """Return the median milliseconds of a full step and of one with `share` of the weights free, and of its guard.
+
+    Full steps are of two kinds: the BatchNorms take the statistics of the batch, or are fixed as those of frozen
+    neurons are.
+    """
     samples = subject.first("val", 0, CHOOSING)
     images, labels = samples.images[:BATCH], samples.labels[:BATCH]
     known, slices = subject.known
@@ -33,12 +38,13 @@ def step_times(subject: Subject, share: float) -> list[Row]:
     guard = Guard(frozen, anatomy, known)
     steps = {
         FULL: _stepper(copy.deepcopy(subject.model).requires_grad_(), images, labels, None),
+        FIXED: _stepper(copy.deepcopy(subject.model).requires_grad_(), images, labels, None, fixed=True),
         "free": _stepper(copy.deepcopy(frozen), images, labels, None),
         "free, guarded": _stepper(frozen, images, labels, guard),
     }
     found = interleaved(steps, REPEATS, WARM_UP)
     trained = count_parameters(frozen) / count_parameters(subject.model)
-    shares = {FULL: 1.0}
+    shares = {FULL: 1.0, FIXED: 1.0}
     return [
         {
             "step": name,
@@ -50,10 +56,12 @@ def step_times(subject: Subject, share: float) -> list[Row]:
     ]
 
 
-def _stepper(model: nn.Module, images: Tensor, labels: Tensor, guard: Guard | None) -> Callable[[], int]:
+def _stepper(
+    model: nn.Module, images: Tensor, labels: Tensor, guard: Guard | None, *, fixed: bool = False
+) -> Callable[[], int]:
     """Return a whole step of Adam: forward, backward, update; the learning rate is too small to get anywhere."""
     optimizer = torch.optim.Adam(model.parameters(), 1e-6)
-    model.train()
+    train_mode(model, None, statistics=not fixed)
 
     def step() -> int:
         loss = F.cross_entropy(model(images), labels)

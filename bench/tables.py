@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.catalogue import BENCHES, module_of
-from bench.common import Table, is_number, text
+from bench.common import SUBJECT, Row, Table, asked_for, is_number, missing, subjects_of, text
 from nss.files import read_json, replacing
 
 HEAD = """# Results
 
 Written by `python -m bench tables --results FOLDER` from the JSON files in this folder; do not edit it. Each of them
 also holds its protocol, all means and, without `--summary`, all rows. Accuracies are shares of 1, `_sd` is a standard
-deviation over seeds.
+deviation over seeds, `_seeds` of how many a mean is where not all have a value.
 
 `python -m bench NAME --json OUT.json` measures one, `python -m bench all` all of them, `python -m bench all --quick` a
 quick form of each: the same methods on less data. What is finished is not measured again. With `--keep` the rows of
@@ -56,14 +57,11 @@ def section(name: str, result: Mapping[str, Any], folder: Path) -> str:
 def _made(result: Mapping[str, Any]) -> str:
     """Say how a result came about."""
     protocol = result["protocol"]
-    lines = [f"`{result['command']}`", f"Versions: {_listed(result['versions'])}"]
-    machine = f"Machine: {_listed(result['machine'])}"
-    if spent := result.get("spent"):
-        machine += f"; {spent['seconds']:.0f} seconds, of one core {spent['cpu_seconds']:.0f}"
-    lines.append(machine)
-    if subjects := protocol.get("subjects"):
-        named = {kind: ", ".join(map(str, each)) for kind, each in subjects.items() if each}
-        lines.append(f"Measured on: {'; '.join(f'{kind} {each}' for kind, each in named.items())}")
+    lines = [f"`{result['command']}`", *_origins(result)]
+    if subjects := subjects_of(result):
+        lines.append(f"Measured on: {_named(subjects)}")
+    if lacking := missing(result):
+        lines.append(f"Missing: {len(lacking)} of the {len(asked_for(result))} subjects that were asked for")
     if "quick" in protocol:
         lines.append(f"Quick, it leaves out or takes less: {protocol['quick']}")
     if "times" in protocol:
@@ -71,6 +69,29 @@ def _made(result: Mapping[str, Any]) -> str:
     if stored := result.get("stored"):
         lines.append(f"Rows kept in `bench/rows`: of {len(stored)} subjects")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _origins(result: Mapping[str, Any]) -> Iterator[str]:
+    """Say with what the rows were measured, where each differs once: kept ones elsewhere than what was written now."""
+    stored = result.get("stored", [])
+    own = [] if stored and len(stored) >= len(subjects_of(result)) else [result]
+    yield from dict.fromkeys(f"Versions: {_listed(each['versions'])}" for each in [*own, *stored])
+    machines = [*dict.fromkeys(f"Machine: {_listed(each['machine'])}" for each in [*own, *stored])]
+    if own and (spent := result.get("spent")):
+        machines[0] += f"; {spent['seconds']:.0f} seconds, of one core {spent['cpu_seconds']:.0f}"
+    yield from machines
+
+
+def _named(subjects: Sequence[Row]) -> str:
+    """Name subjects: by kind when they are all that these can be combined to, else the seeds of each model."""
+    kinds = {kind: [*dict.fromkeys(each[name] for each in subjects if name in each)] for name, kind in SUBJECT.items()}
+    filled = {kind: each for kind, each in kinds.items() if each}
+    if math.prod(map(len, filled.values())) == len(subjects):
+        return "; ".join(f"{kind} {', '.join(map(str, each))}" for kind, each in filled.items())
+    models: dict[str, list[str]] = {}
+    for each in subjects:
+        models.setdefault(f"{each['data']} {each['model']}", []).append(str(each["seed"]))
+    return "; ".join(f"{model}, seeds {', '.join(seeds)}" for model, seeds in models.items())
 
 
 def _listed(content: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import pytest
 from bench import __main__, common, restructure, rq2, rq3, tables
 from bench import all as everything
 from bench.catalogue import BENCHES, module_of, protocol_of, settings_of
-from bench.common import Report, Row
+from bench.common import SUBJECT, Report, Row, Settings
 from bench.readapt_peers import PEERS as ADAPTING
 from nss.files import read_json, write_json
 from nss.prune_weights import SCHEMES
@@ -47,11 +47,17 @@ def caller(made: list[list[str]], failing: str = "") -> Call:
             log.write_text("first\nRuntimeError: out of luck\n")
             return 3, 1.0
         settings = settings_of(name, command="", quick="--quick" in arguments, times="--without-times" not in arguments)
-        report = Report(settings, protocol_of(settings))
-        report.write(path, spent={"seconds": 1.0, "cpu_seconds": 1.5})
+        report_of(settings).write(path, spent={"seconds": 1.0, "cpu_seconds": 1.5})
         return 0, 1.5
 
     return call
+
+
+def report_of(settings: Settings) -> Report:
+    """Return a report with a row of each subject."""
+    return Report(
+        settings, protocol_of(settings), [dict(zip(SUBJECT, each, strict=True)) for each in settings.subjects()]
+    )
 
 
 # What runs beside what.
@@ -162,8 +168,7 @@ def test_what_is_finished_is_not_measured_again_unless_its_file_is_removed(
 
 def test_what_lacks_its_times_only_is_run_for_them(results: Path, calls: list[list[str]]) -> None:
     everything.run(results, quick=True)
-    settings = settings_of("rq3", command="", quick=True, times=False)
-    Report(settings, protocol_of(settings)).write(results / "rq3.json")
+    report_of(settings_of("rq3", command="", quick=True, times=False)).write(results / "rq3.json")
     calls.clear()
     everything.run(results, quick=True)
     assert [(call[0], "--without-times" in call) for call in calls] == [("rq3", False)]
@@ -181,6 +186,45 @@ def test_another_protocol_is_measured_again_and_a_quick_one_is_not_a_whole_one(
     everything.run(results)
     assert {call[0] for call in calls} == set(BENCHES)
     assert not any("--quick" in call for call in calls)
+
+
+def finished(report: Report, folder: Path, **changed: object) -> bool:
+    """Say whether a whole result counts, of which some entries are others; None: it is left out."""
+    job = everything.Job(report.settings.bench, folder)
+    report.write(job.result)
+    content = {**read_json(job.result), **changed}
+    write_json(job.result, {name: value for name, value in content.items() if value is not None})
+    return job.is_finished()
+
+
+def test_a_result_is_finished_when_no_subject_is_missing_that_was_asked_for(tmp_path: Path) -> None:
+    report = report_of(settings_of("rq4", command="python -m bench rq4 --stored --json x.json", stored=True))
+    assert len(report.rows) == 18
+    assert finished(report, tmp_path)
+    report.rows.pop(7)
+    assert not finished(report, tmp_path)
+
+
+def test_an_older_result_that_names_no_subjects_lacks_some_only_if_all_its_rows_were_kept_ones(tmp_path: Path) -> None:
+    report = report_of(settings_of("rq4", command="python -m bench rq4 --json x.json"))
+    stored = [{**row, "versions": {}, "machine": {}} for row in report.rows]
+    typed = "python -m bench rq4 --stored --json x.json"
+    assert not finished(report, tmp_path, measured=None, stored=stored[:3], command=typed)
+    assert finished(report, tmp_path, measured=None, stored=stored, command=typed)
+    assert finished(report, tmp_path, measured=None, stored=stored[:3])
+
+
+def test_rows_that_are_of_no_seed_or_of_no_subject_stand_for_all_that_were_asked_for(tmp_path: Path) -> None:
+    profiled = report_of(settings_of("profile", command=""))
+    profiled.rows = [{"data": row["data"], "model": row["model"]} for row in profiled.rows]
+    assert finished(profiled, tmp_path)
+    assert read_json(tmp_path / "profile.json")["measured"] == [
+        {"data": "fashion-mnist", "model": "nss.zoo:vgg_small"},
+        {"data": "fashion-mnist", "model": "torchvision.models:resnet18"},
+    ]
+    profiled.rows = profiled.rows[:3]
+    assert not finished(profiled, tmp_path)
+    assert finished(report_of(settings_of("scale", command="")), tmp_path)
 
 
 @pytest.mark.parametrize("typed", ["rq1 --quick --json {}/rq1.json", "all --quick --results {}"])

@@ -79,6 +79,7 @@ def test_a_line_of_the_readme_has_the_better_variant_of_each_importance_and_the_
 def test_whatever_torch_pruning_is_ahead_in_is_said_and_nothing_else() -> None:
     words = {"accuracy_before": "untrained", "accuracy": "tuned"}
     words |= {"worst_class": "worst class", "speedup": "times faster"}
+    small = {"params": "per cent of the weights left", "bytes": "kilobytes"}
     ahead = set()
     for model in ("vgg_small", "resnet20"):
         for budget in (0.5, 0.25, 0.1):
@@ -86,10 +87,23 @@ def test_whatever_torch_pruning_is_ahead_in_is_said_and_nothing_else() -> None:
                 found = of(model, budget, value)
                 if max(each for method, each in found.items() if method.startswith("tp-")) > found["nss"]:
                     ahead.add((model, f"{100 * budget:.0f} %", word))
+            for value, word in small.items():
+                found = of(model, budget, value)
+                if min(each for method, each in found.items() if method.startswith("tp-")) < found["nss"]:
+                    ahead.add((model, f"{100 * budget:.0f} %", word))
     assert ahead, "an empty list proves nothing"
     text = README.read_text(encoding="utf-8").partition("Where torch-pruning is ahead:")[2].partition("<!--")[0]
     said = re.findall(r"^- (\w+) at ([^:]*), ([a-z ]+): ", text, re.MULTILINE)
     assert {(model, budget, word) for model, budgets, word in said for budget in budgets.split(", ")} == ahead
+
+
+def test_what_the_choice_of_neurons_gives_alone_stands_beside_all_of_nss_and_the_best_peer() -> None:
+    _, *lines = cells(alternatives.smaller_parts(find("restructure")))
+    found = [of(model, budget, "accuracy") for model in ("vgg_small", "resnet20") for budget in (0.5, 0.25, 0.1)]
+    best = [max(each for method, each in accuracy.items() if method.startswith("tp-")) for accuracy in found]
+    wanted = [[each["nss"], each["nss-8"], each["nss-cut"], peer] for each, peer in zip(found, best, strict=True)]
+    said = [[cell.strip("*").split(" ± ")[0] for cell in line[2:6]] for line in lines]
+    assert said == [[f"{100 * each:.2f}" for each in line] for line in wanted]
 
 
 def row(method: str, accuracy: float | None, seeds: int = 3) -> dict[str, Any]:
@@ -99,6 +113,7 @@ def row(method: str, accuracy: float | None, seeds: int = 3) -> dict[str, Any]:
 def test_whoever_is_best_is_bold_and_so_is_all_that_is_written_alike() -> None:
     rows = [row("nss", 0.91), row("peer", 0.93), row("other", 0.930001), row("missing", None)]
     assert best_in_bold(rows, "accuracy") == ["91.00 ± 0.10", "**93.00 ± 0.10**", "**93.00 ± 0.10**", "-"]
+    assert best_in_bold(rows, "accuracy", smallest=True)[:2] == ["**91.00 ± 0.10**", "93.00 ± 0.10"]
     assert best_in_bold(rows[:1], "accuracy") == ["91.00 ± 0.10"]
 
 
@@ -106,21 +121,23 @@ def test_one_seed_has_no_spread() -> None:
     assert percent(row("nss", 0.9123, seeds=1), "accuracy") == "91.23"
 
 
-def write(path: Path, command: str, seeds: int) -> None:
+def write(path: Path, command: str, seeds: int, **protocol: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"command": command, "summary": [row("nss", 0.9, seeds)]}))
+    path.write_text(json.dumps({"command": command, "protocol": protocol, "summary": [row("nss", 0.9, seeds)]}))
 
 
 def test_whole_results_come_before_quick_ones_and_quick_ones_say_so(tmp_path: Path) -> None:
     assert find("rq3", tmp_path) is None
-    write(tmp_path / "quick" / "rq3.json", "python -m bench rq3 --quick --json x", 1)
+    write(tmp_path / "quick" / "rq3.json", "python -m bench rq3 --quick --json x", 1, quick="no choice of rates")
     quick = find("rq3", tmp_path)
     assert "**A quick run of one seed, a subset**" in quick.caption(tmp_path / "page.md")
     assert "(quick/rq3.json)" in quick.caption(tmp_path / "page.md")
+    assert quick.caption(tmp_path / "page.md").endswith("`. It leaves out or takes less: no choice of rates.")
     write(tmp_path / "rq3.json", "python -m bench rq3 --json x", 3)
     whole = find("rq3", tmp_path)
     assert whole.caption(tmp_path / "docs" / "page.md").startswith("Three seeds, mean ± standard deviation; ")
     assert "(../rq3.json)" in whole.caption(tmp_path / "docs" / "page.md")
+    assert "leaves out" not in whole.caption(tmp_path / "docs" / "page.md")
 
 
 def test_what_was_not_measured_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,18 +156,34 @@ def cells(text: str) -> list[list[str]]:
 
 def followed() -> Source:
     """Two networks, the main case and another, as rq3 sums them up; nss loses one point of new, wins four of old."""
+    rows = [each for situation in (MAIN, ("repair", "drop 0.1")) for each in of_case(situation, {})]
+    return Source(Path("rq3.json"), "python -m bench rq3", rq3.summarised(rows))
+
+
+def of_case(case: tuple[str, str], fresh: dict[str, float]) -> list[dict[str, Any]]:
+    """The chosen points of two networks. fresh: accuracy on fresh attacks, of an attack; the attack itself is read."""
     figures = {"nss": (0.79, 0.9), "full": (0.8, 0.86), "last": (0.7, 0.8)}
     figures |= {"batchnorm": (0.5, 0.7), "deeparc": (0.78, 0.8)}
-    rows = [
+    costs = {"batchnorm": {"trained_share": 0.0015, "reached": 0.0}}
+    costs["full"] = {"seconds_to_target": 4.0, "trained_share": 1.0}
+    return [
         {
-            **{"data": "d", "model": f"nss.zoo:{model}", "seed": 0, "situation": situation, "setting": setting},
-            **{"method": method, "new_accuracy": new, "old_accuracy": old, "original_new": 0.3, "original_old": 0.93},
-            **{"new_val": new, "old_val": old, "trained_share": 0.2, "steps": 10},
+            **{"data": "d", "model": f"nss.zoo:{model}", "seed": 0, "situation": case[0], "setting": case[1]},
+            **{"method": method, "new_accuracy": 0.99 if fresh else new, "old_accuracy": old},
+            **{"original_new": 0.3, "original_old": 0.93, "new_val": new, "old_val": old},
+            **{"trained_share": 0.2, "steps": 10, "reached": 1.0, "steps_to_target": 8},
+            **({"fresh_accuracy": fresh[method]} if fresh else {}),
+            **costs.get(method, {}),
         }
         for model in ("a", "b")
-        for situation, setting in (MAIN, ("repair", "drop 0.1"))
         for method, (new, old) in figures.items()
     ]
+
+
+def attacked() -> Source:
+    """The main case and an attack that all methods read; on fresh attacks nss is two points behind full retraining."""
+    fresh = {"nss": 0.6, "full": 0.62, "last": 0.2, "batchnorm": 0.5, "deeparc": 0.4}
+    rows = [*of_case(MAIN, {}), *of_case(("attack", "fgsm"), fresh)]
     return Source(Path("rq3.json"), "python -m bench rq3", rq3.summarised(rows))
 
 
@@ -163,6 +196,7 @@ def test_following_is_shown_for_every_method_with_what_was_before_and_the_mean_o
     assert methods[1] == ["full retraining", "**80.00**", "86.00", "**80.00**", "86.00"]
     assert [each[0] for each in methods[2:]] == ["last layers", "BatchNorm only", "DeepArc"]
     assert "mean of 2 cases: a -1.0 on new and +4.0 on old images against full retraining, +1.0 on new" in text
+    assert text.endswith("DeepArc."), "no attacks, nothing to say of them"
 
 
 def test_every_case_of_following_has_a_line_and_the_main_case_its_cost() -> None:
@@ -170,8 +204,30 @@ def test_every_case_of_following_has_a_line_and_the_main_case_its_cost() -> None
     assert [line[1] for line in lines[:3]] == [": ".join(MAIN), "repair: drop 0.1", "mean of all"]
     assert lines[0][:4] == ["a", ": ".join(MAIN), "79.0 / **90.0**", "**80.0** / 86.0"]
     _, *costs = cells(alternatives_training.followed_costs(followed()))
-    assert costs[0] == ["a", "nss", "20 %", "10", "-", "-"]
+    assert costs[0] == ["a", "nss", "20 %", "10", "8", "not timed"]
+    assert costs[1] == ["", "full retraining", "100 %", "10", "8", "4.0 s (1.00)"]
+    assert costs[3] == ["", "BatchNorm only", "0.15 %", "10", "not reached", "not reached"]
     assert len(costs) == 10
+
+
+def test_a_target_that_some_seeds_reach_is_said_with_how_many() -> None:
+    main = followed().where(situation=MAIN[0], model="nss.zoo:a")
+    partly = {"steps_to_target_sd": None, "steps_to_target_seeds": 2, "trained_share_sd": 0.0, "steps_sd": 0.0}
+    rows = [{**each, "seeds": 3, "reached": 2 / 3, **partly} for each in main]
+    _, first, *_ = cells(alternatives_training.followed_costs(Source(Path("rq3.json"), "", rows)))
+    assert first[4] == "8 (2 of 3 seeds)"
+
+
+def test_what_is_won_by_reading_an_attack_is_neither_bold_nor_in_the_mean() -> None:
+    header, *lines = cells(alternatives_training.followed_cases(attacked()))
+    assert header[1] == "new / old / fresh attacks"
+    assert lines[1][1:4] == ["attack: fgsm", "99.0 / **90.0** / 60.0", "99.0 / 86.0 / **62.0**"]
+    assert lines[2][1:4] == ["mean of all, new without attacks", "79.0 / **90.0** / 60.0", "**80.0** / 86.0 / **62.0**"]
+    text = alternatives_training.followed(attacked())
+    assert (
+        "mean of 2 cases: a -1.0 on new, +4.0 on old images and -2.0 on fresh attacks against full retraining" in text
+    )
+    assert text.endswith(alternatives_training.ABOUT_ATTACKS)
 
 
 def learned() -> Source:

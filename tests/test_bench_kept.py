@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from bench import __main__, common, extend_cases, kept, restructure, rq2, rq3, rq4
 from bench.catalogue import BENCHES, settings_of
 from bench.common import Report, Row, Settings
-from nss.files import read_json
+from nss.files import read_json, write_json
 
 TERMS = {"base": {"epochs": 5}, "pruning": {"step": 0.2, "schemes": ("lamp", "erk")}}
 ROWS = [{"method": "lamp", "accuracy": 0.123456789, "curve": [1 / 3, 2]}, {"method": "erk", "accuracy": None}]
@@ -52,6 +53,7 @@ def test_kept_rows_come_back_with_six_digits_and_nothing_is_measured(folder: Pat
     (origin,) = report.stored
     assert origin["versions"] == common.versions()
     assert origin["machine"] == common.machine()
+    assert origin["code"] == common.CODE
     assert (origin["data"], origin["model"], origin["seed"]) == ("mnist", "nss.zoo:vgg_small", 0)
 
 
@@ -63,6 +65,7 @@ def test_a_file_says_what_it_is_of_and_has_one_row_a_line(folder: Path) -> None:
     assert end == "]}"
     content = read_json(path)
     assert content["command"] == "typed"
+    assert content["code"] == common.CODE
     assert content["terms"]["pruning"] == {"step": 0.2, "schemes": ["lamp", "erk"]}
     assert content["protocol"] == common.digest(content["terms"])
     assert [each.name for each in path.parent.iterdir()] == [path.name]
@@ -110,6 +113,25 @@ def test_a_quick_run_and_one_without_times_leave_kept_rows_alone(
     assert capsys.readouterr().err == ""
 
 
+def test_rows_of_other_code_are_taken_and_said_and_a_file_without_code_is_of_unknown_code(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(common, "OTHER_CODE", Counter())
+    rows_of(settings((0, 1, 2), keep=True), lambda *_: ROWS)
+    for seed, code in ((1, {"code": "other"}), (2, {})):
+        path = folder / "rq2" / f"mnist-vgg_small-{seed}.json"
+        content = {name: value for name, value in read_json(path).items() if name != "code"}
+        write_json(path, {**content, **code})
+    rows, report = rows_of(settings((0, 1, 2)))
+    assert rows == STORED * 3
+    assert [each.get("code") for each in report.stored] == [common.CODE, "other", None]
+    for _ in range(2):
+        report.write(tmp_path / "out.json")
+    assert capsys.readouterr().err == (
+        f"bench: {folder / 'rq2'}: 2 taken of other or unknown code of nss, remove them there to measure again\n"
+    )
+
+
 # Missing seeds.
 
 
@@ -141,6 +163,7 @@ def test_where_nothing_is_stored_it_says_how_to_get_some() -> None:
 
 WHO: Row = {"data": "fashion-mnist", "model": "nss.zoo:vgg_small", "seed": 0}
 PRUNED = {"iterations": 3, "cr": 2.0, "stop": True, "accuracy": 0.9, "original": 0.91, "val_accuracy": 0.9}
+PRUNED |= {"val_original": 0.905}
 SMALLER = {"budget": 0.5, "macs": 0.5, "accuracy_before": 0.8, "accuracy": 0.9, "worst_class": 0.7, "original": 0.93}
 ADAPTED = {"situation": "drift", "setting": rq3.MAIN[1], "new_accuracy": 0.8, "old_accuracy": 0.7, "new_val": 0.8}
 ADAPTED |= {"old_val": 0.7, "chosen": True, "learning_rate": 0.01, "trained_share": 0.2}
@@ -207,7 +230,8 @@ def test_every_number_of_the_protocol_that_is_changed_measures_anew(
     changed = {
         "rq2": {"MACS": 0.4, "PER_CLASS": 1, "TOLERANCE": 0.5, "BATCH": 1, "RATE": 0.5, "WHOLE": rq2.SMALL},
         "restructure": {"PER_CLASS": 1, "CALIBRATION": 1, "BATCH": 1, "LEARNING_RATE": 0.5, "ALIGNED": 2}
-        | {"CAP": 0.5, "METHODS": ("nss",), "WHOLE": restructure.SMALL},
+        | {"CAP": 0.5, "METHODS": ("nss",), "WHOLE": restructure.SMALL, "TOLERANCE": 0.5, "HALVINGS": 1, "REPEATS": 1}
+        | {"KNOWLEDGE": {"metric": "taylor", "rule": "cumulative", "threshold": 0.9}},
         "rq3": {"NEW": 1, "EPS": 0.5, "PGD_STEPS": 1, "FRESH": 1, "SHARE": 0.5, "PER_CLASS": 1, "LAST": 1}
         | {"THRESHOLD": 0.5, "BATCH": 1, "MARGIN": 0.5, "TURNS": 1, "CASES": rq3.QUICK},
         "rq4": {"BASE": 1, "HALVES": (4, 6), "WEIGHT_DECAY": 0.1, "FISHER_IMAGES": 1, "PROBE": 1, "TEMPERATURE": 1}
@@ -224,6 +248,30 @@ def test_every_number_of_the_protocol_that_is_changed_measures_anew(
             patch.setattr(where, constant, value)
             module.run(whole(name))
             assert "another protocol" in capsys.readouterr().err, constant
+
+
+KEYS = {"PER_CLASS": 1, "CALIBRATION": 1, "BATCH": 1, "LEARNING_RATE": 0.5, "ALIGNED": 2, "CAP": 0.5, "TOLERANCE": 0.5}
+KEYS |= {"HALVINGS": 1, "KNOWLEDGE": {}}
+
+
+def test_what_decides_rows_of_restructure_is_in_the_keys_of_the_cache_and_repeats_in_that_of_latencies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def keys() -> dict[str, str]:
+        found: dict[str, str] = {}
+        monkeypatch.setattr(restructure, "resumed", lambda bench, key, _: found.update({bench: repr(key)}) or [])
+        restructure._one(subject, restructure.SMALL, times=True)
+        return found
+
+    monkeypatch.setattr(restructure, "model_digest", lambda _: "")
+    subject = restructure._Subject("d", "m:n", 0)
+    vars(subject)["model"] = None
+    first = keys()
+    for constants, bench in ((KEYS, "restructure"), ({"REPEATS": 1}, "restructure-latency")):
+        for constant, value in constants.items():
+            with monkeypatch.context() as patch:
+                patch.setattr(restructure, constant, value)
+                assert [name for name, key in keys().items() if key != first[name]] == [bench], constant
 
 
 # The command line.

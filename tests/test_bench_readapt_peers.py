@@ -13,9 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.readapt_peers import linear_cka, modularize, runs, stages, train_peer, trained_layers
+from nss.critical import critical_neurons
+from nss.data import Batch, Dataset
 from nss.model import Classifier, ModelSpec, model_digest
 from nss.predict import accuracy
+from nss.profile import profile
+from nss.readapt import readapt
 from nss.samples import Samples
+from nss.slice import semantic_slices
 
 SHAPE = (1, 6, 6)
 
@@ -175,7 +180,7 @@ def test_each_peer_trains_what_it_is_called_after(model: Classifier) -> None:
 
 def trained(model: Classifier, layers: tuple[str, ...], rate: float = 0.02, **changed: Any) -> Any:
     settings = {"epochs": 3, "batch_size": 8, "seed": 5, "statistics": False, **changed}
-    return train_peer(model, layers, samples(28), samples(12, seed=1), rate, **settings)
+    return train_peer(model, layers, samples(28), samples(12, seed=1), samples(15, seed=2), rate, **settings)
 
 
 def moved(before: nn.Module, after: nn.Module) -> set[str]:
@@ -186,41 +191,58 @@ def moved(before: nn.Module, after: nn.Module) -> set[str]:
 def test_only_what_is_named_moves_and_the_model_stays_as_it_is(model: Classifier) -> None:
     before = model_digest(model)
     found = trained(model, ("conv1", "norm1"), rate=0.1)
+    last = found.at(3)
     assert model_digest(model) == before
-    assert found.kept_epoch > 0
-    assert moved(model.network, found.model.network) == {f"conv1.{each}" for each in ("weight", "bias")} | {
+    assert moved(model.network, last.network) == {f"conv1.{each}" for each in ("weight", "bias")} | {
         f"norm1.{each}" for each in ("weight", "bias")
     }
     assert found.trained_share == (6 * 4 * 9 + 6 + 12) / sum(each.numel() for each in model.parameters())
-    assert not found.model.training
+    assert not last.training
+    assert model_digest(found.at(0)) == before
 
 
 def test_statistics_move_where_they_may_and_in_no_other_layer(model: Classifier) -> None:
-    after = moved(model.network, trained(model, ("norm1",), statistics=True).model.network)
+    after = moved(model.network, trained(model, ("norm1",), statistics=True).at(3).network)
     assert {"norm1.running_mean", "norm1.running_var"} < after
     assert {name.partition(".")[0] for name in after} == {"norm1"}
 
 
 def test_peers_train_as_readapt_does(model: Classifier) -> None:
-    """Written out: Adam, one cycle, each epoch a new order whose rest is left out, statistics fixed."""
-    new, held_out = samples(28), samples(12, seed=1)
+    """Written out: Adam, one cycle, statistics fixed; an epoch has ten steps or more, so of few images several orders,
+    the rest of each left out.
+    """
+    new, held_out, old = samples(28), samples(12, seed=1), samples(15, seed=2)
     twin = copy.deepcopy(model)
     optimizer = torch.optim.Adam(twin.parameters(), 0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=9, cycle_momentum=False)
-    generator, reached, states = torch.Generator().manual_seed(5), [], []
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=36, cycle_momentum=False)
+    generator, reached, kept, states = torch.Generator().manual_seed(5), [], [], []
     for epoch in range(4):
-        order = torch.randperm(28, generator=generator) if epoch else torch.zeros(0, dtype=torch.int64)
-        for start in (0, 8, 16) if epoch else ():
-            rows = order[start : start + 8]
-            optimizer.zero_grad()
-            F.cross_entropy(twin(new.images[rows]), new.labels[rows]).backward()
-            optimizer.step()
-            schedule.step()
+        for _ in range(4 if epoch else 0):
+            order = torch.randperm(28, generator=generator)
+            for start in (0, 8, 16):
+                rows = order[start : start + 8]
+                optimizer.zero_grad()
+                F.cross_entropy(twin(new.images[rows]), new.labels[rows]).backward()
+                optimizer.step()
+                schedule.step()
         reached.append(accuracy(twin, (held_out.images, held_out.labels)))
+        kept.append(accuracy(twin, (old.images, old.labels)))
         states.append(copy.deepcopy(twin.state_dict()))
     found = trained(model, trained_layers(model, "full", new.images))
-    assert (found.steps, found.trained_share, len(found.seconds)) == (9, 1.0, 4)
-    assert list(found.curve) == reached
-    assert found.kept_epoch == reached.index(max(reached))
-    for name, value in found.model.state_dict().items():
-        torch.testing.assert_close(value, states[found.kept_epoch][name])
+    assert (found.steps, found.trained_share, len(found.seconds)) == (36, 1.0, 4)
+    assert (list(found.curve), list(found.old_curve)) == (reached, kept)
+    for epoch, state in enumerate(states):
+        for name, value in found.at(epoch).state_dict().items():
+            torch.testing.assert_close(value, state[name])
+
+
+def test_an_epoch_has_as_many_steps_as_one_of_readapt(model: Classifier) -> None:
+    new, held_out = samples(28), samples(12, seed=1)
+    known = profile(model, (new.images, new.labels), ("taylor",), classes=model.spec.classes, windows=1)
+    slices = semantic_slices(critical_neurons(known, "taylor", "cumulative", 0.95), known)
+    split = torch.cat([torch.zeros(28), torch.ones(12)]).byte()
+    images, labels = torch.cat([new.images, held_out.images]), torch.cat([new.labels, held_out.labels])
+    data = Dataset(model.spec.classes, model.spec.input_shape, (Batch("0" * 32, images, labels, split),))
+    settings = {"epochs": 3, "batch_size": 8, "seed": 5}
+    ours = readapt(model, slices, data, profile=known, patience=3, **settings)
+    assert ours.report.steps == trained(model, ("conv1",)).steps == 36

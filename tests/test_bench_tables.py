@@ -47,7 +47,7 @@ How long merging many categories of many neurons takes, and how much memory.
 - `python -m bench scale`
 - Versions: python 3.11.7, torch 2.14.1
 - Machine: threads 2; 61 seconds, of one core 119
-- Measured on: seeds 0, 1
+- Measured on: data mnist; models m:n, m:o; seeds 0, 1
 - Quick, it leaves out or takes less: 1000 categories
 
 Columns: the number of categories and of slices they were merged into, seconds, and the peak_mb of the process after \
@@ -65,18 +65,65 @@ each.
 
 
 def test_a_section_has_how_it_was_made_its_columns_tables_and_picture(tmp_path: Path) -> None:
-    protocol = {"subjects": {"data": [], "models": [], "seeds": [0, 1]}, "quick": "1000 categories"}
+    protocol = {"subjects": {"data": ["mnist"], "models": ["m:n", "m:o"], "seeds": [0, 1]}, "quick": "1000 categories"}
     made = result("scale", SUMMARY, protocol=protocol, spent={"seconds": 60.7, "cpu_seconds": 119.2})
     (tmp_path / "scale.png").touch()
     assert tables.section("scale", made, tmp_path) == SECTION
 
 
 def test_a_section_without_a_picture_and_with_kept_rows_says_so(tmp_path: Path) -> None:
-    made = result("scale", SUMMARY, stored=[{"seed": 0}, {"seed": 1}], protocol={"times": "left to a later run"})
+    protocol = {"times": "left to a later run"}
+    made = result("scale", SUMMARY, stored=[stored("m:n", 0), stored("m:n", 1)], protocol=protocol)
     found = tables.section("scale", made, tmp_path)
     assert "![" not in found
     assert "- Rows kept in `bench/rows`: of 2 subjects\n" in found
     assert "- Times: left to a later run\n" in found
+
+
+def stored(model: str, seed: int, threads: int = 1, torch: str = "2.14.1") -> Row:
+    """What a result says of a subject whose rows are kept."""
+    versions, machine = {"python": "3.11.7", "torch": torch}, {"threads": threads}
+    return {"data": "mnist", "model": model, "seed": seed, "versions": versions, "machine": machine}
+
+
+def made_of(**more: Any) -> list[str]:
+    """How a result came about that was asked for two models and two seeds."""
+    subjects = {"data": ["mnist"], "models": ["m:n", "m:o"], "seeds": [0, 1]}
+    spent = {"seconds": 1.0, "cpu_seconds": 3.0}
+    found = tables.section("scale", result("scale", [], protocol={"subjects": subjects}, spent=spent, **more), ROOT)
+    return [line for line in found.splitlines() if line.startswith("- ") and not line.startswith("- `")]
+
+
+def test_a_section_says_what_kept_rows_were_measured_with_and_what_is_missing() -> None:
+    kept = [stored("m:n", 0), stored("m:n", 1), stored("m:o", 0, torch="2.15.0")]
+    expected = [
+        "- Versions: python 3.11.7, torch 2.14.1",
+        "- Versions: python 3.11.7, torch 2.15.0",
+        "- Machine: threads 1",
+        "- Measured on: mnist m:n, seeds 0, 1; mnist m:o, seeds 0",
+        "- Missing: 1 of the 4 subjects that were asked for",
+        "- Rows kept in `bench/rows`: of 3 subjects",
+    ]
+    measured = [{name: each[name] for name in ("data", "model", "seed")} for each in kept]
+    assert made_of(stored=kept, measured=measured) == expected
+    assert made_of(stored=kept, command="x --stored") == expected, "a file from before it said what was measured"
+
+
+def test_a_section_of_kept_and_of_new_rows_names_both_machines() -> None:
+    measured = [{"data": "mnist", "model": model, "seed": seed} for model in ("m:n", "m:o") for seed in (0, 1)]
+    assert made_of(stored=[stored("m:n", 0), stored("m:n", 1)], measured=measured) == [
+        "- Versions: python 3.11.7, torch 2.14.1",
+        "- Machine: threads 2; 1 seconds, of one core 3",
+        "- Machine: threads 1",
+        "- Measured on: data mnist; models m:n, m:o; seeds 0, 1",
+        "- Rows kept in `bench/rows`: of 2 subjects",
+    ]
+
+
+def test_rows_of_no_seed_are_said_to_be_of_none() -> None:
+    measured = [{"data": "mnist", "model": "m:n"}, {"data": "mnist", "model": "m:o"}]
+    assert made_of(measured=measured)[2:] == ["- Measured on: data mnist; models m:n, m:o"]
+    assert len(made_of(measured=[])) == 3
 
 
 def test_results_stand_in_the_order_of_the_catalogue_and_the_page_is_written_whole(tmp_path: Path) -> None:
@@ -98,6 +145,16 @@ def test_columns_without_a_value_are_left_out_and_texts_stand_left() -> None:
         "| --- | ---: | ---: |",
         "| a | 0.5 | True |",
         "| b |  |  |",
+    ]
+
+
+def test_how_many_seeds_a_mean_is_of_stands_beside_it_where_not_all_have_a_value() -> None:
+    rows = [{"x": 1.0, "x_sd": 0.5}, {"x": 2.0, "x_sd": None, "x_seeds": 1}]
+    assert tables.markdown(Table("t", ("x", "x_sd"), rows)).splitlines() == [
+        "| x | x_seeds | x_sd |",
+        "| ---: | ---: | ---: |",
+        "| 1 |  | 0.5 |",
+        "| 2 | 1 |  |",
     ]
 
 
