@@ -57,7 +57,8 @@ ALIGNED = 8
 PER_CLASS = 500
 CALIBRATION = 400
 BATCH = 128
-LEARNING_RATE = 0.02
+RATES = (0.003, 0.02)
+"""of the fine-tune: a network that was refitted is spoilt by what one that was only cut needs"""
 REPEATS = 30
 
 
@@ -92,7 +93,8 @@ PROTOCOL = {
     "seen": f"profile and Taylor gradients: first {PER_CLASS} training images of each category",
     "statistics": f"BatchNorm taken again on the first {CALIBRATION} training images of each category (nss-cut, peers)",
     "fine-tune": f"the first {WHOLE.images} training images, {WHOLE.epochs} epochs of batches of {BATCH}, "
-    f"SGD with Nesterov 0.9, weight decay 5e-4, one-cycle to {LEARNING_RATE}: the same for every method",
+    f"SGD with Nesterov 0.9, weight decay 5e-4, one-cycle to each of {RATES}; of every method the model counts that is "
+    "best on the validation split",
     "judged on": "the whole test split, once before the first gradient step and once after the last",
     "ahead": "mean of nss less that of the best peer in that very column",
     "size": "macs, params: share left; removed: share of the weights gone; masked: share of the weights left but zero; "
@@ -141,7 +143,7 @@ def _numbers(size: Size) -> Row:
     """Return what decides the row of any method and budget, latencies apart."""
     seen = {"knowledge": KNOWLEDGE, "per_class": PER_CLASS, "calibration": CALIBRATION}
     peers = {"cap": CAP, "bisection": {"tolerance": TOLERANCE, "halvings": HALVINGS}}
-    return {**seen, **peers, "aligned": ALIGNED, "fine_tune": [size.images, size.epochs, BATCH, LEARNING_RATE]}
+    return {**seen, **peers, "aligned": ALIGNED, "fine_tune": [size.images, size.epochs, BATCH, *RATES]}
 
 
 def _timing() -> Row:
@@ -210,11 +212,14 @@ class _Subject(Subject):
         assert isinstance(smaller, Classifier)
         return smaller
 
-    def fine_tune(self, smaller: Classifier, size: Size) -> None:
-        """Train as every method does."""
+    def fine_tuned(self, smaller: Classifier, size: Size) -> tuple[Classifier, float]:
+        """Train as every method does. Returns the model at the rate that is best on validation images, and the rate."""
         images, labels = (each[: size.images] for each in self.train)
-        steps = size.epochs * max(1, len(images) // BATCH)
-        fine_tune(smaller, (images, labels), steps, self.seed, learning_rate=LEARNING_RATE, batch_size=BATCH)
+        steps, val = size.epochs * max(1, len(images) // BATCH), self.data.split("val")
+        tuned = [(copy.deepcopy(smaller), rate) for rate in RATES]
+        for model, rate in tuned:
+            fine_tune(model, (images, labels), steps, self.seed, learning_rate=rate, batch_size=BATCH)
+        return max(tuned, key=lambda each: evaluate(each[0], val).accuracy)
 
 
 def _one(subject: _Subject, size: Size, *, times: bool) -> list[Row]:
@@ -241,7 +246,7 @@ def _judge(subject: _Subject, method: str, budget: float, tuned: Size, folder: P
     test = subject.data.split("test")
     before = evaluate(smaller, test)
     size = _size(subject.model, smaller)
-    subject.fine_tune(smaller, tuned)
+    smaller, rate = subject.fine_tuned(smaller, tuned)
     after = evaluate(smaller, test)
     save_model(smaller, folder)
     return {
@@ -254,6 +259,7 @@ def _judge(subject: _Subject, method: str, budget: float, tuned: Size, folder: P
         "lost_before": subject.original.accuracy - before.accuracy,
         "accuracy": after.accuracy,
         "worst_class": after.worst_accuracy,
+        "learning_rate": rate,
         "seconds": seconds,
         "saved": folder.name,
         "weights": model_digest(smaller),

@@ -229,11 +229,11 @@ def test_every_number_of_the_protocol_that_is_changed_measures_anew(
     module = {"rq2": rq2, "restructure": restructure, "rq3": rq3, "rq4": rq4}[name]
     changed = {
         "rq2": {"MACS": 0.4, "PER_CLASS": 1, "TOLERANCE": 0.5, "BATCH": 1, "RATE": 0.5, "WHOLE": rq2.SMALL},
-        "restructure": {"PER_CLASS": 1, "CALIBRATION": 1, "BATCH": 1, "LEARNING_RATE": 0.5, "ALIGNED": 2}
+        "restructure": {"PER_CLASS": 1, "CALIBRATION": 1, "BATCH": 1, "RATES": (0.5,), "ALIGNED": 2}
         | {"CAP": 0.5, "METHODS": ("nss",), "WHOLE": restructure.SMALL, "TOLERANCE": 0.5, "HALVINGS": 1, "REPEATS": 1}
         | {"KNOWLEDGE": {"metric": "taylor", "rule": "cumulative", "threshold": 0.9}},
         "rq3": {"NEW": 1, "EPS": 0.5, "PGD_STEPS": 1, "FRESH": 1, "SHARE": 0.5, "PER_CLASS": 1, "LAST": 1}
-        | {"THRESHOLD": 0.5, "BATCH": 1, "MARGIN": 0.5, "TURNS": 1, "CASES": rq3.QUICK},
+        | {"THRESHOLD": 0.5, "BATCH": 1, "MARGIN": 0.5, "TURNS": 1, "PROBE": 1, "MUTANT_IMAGES": 1, "CASES": rq3.QUICK},
         "rq4": {"BASE": 1, "HALVES": (4, 6), "WEIGHT_DECAY": 0.1, "FISHER_IMAGES": 1, "PROBE": 1, "TEMPERATURE": 1}
         | {"SHARE": 0.5, "WIDTH": 0.5, "RATE": 0.5, "PER_CLASS": 1, "BATCH": 1, "WHOLE": rq4.SMALL},
     }[name]
@@ -250,7 +250,7 @@ def test_every_number_of_the_protocol_that_is_changed_measures_anew(
             assert "another protocol" in capsys.readouterr().err, constant
 
 
-KEYS = {"PER_CLASS": 1, "CALIBRATION": 1, "BATCH": 1, "LEARNING_RATE": 0.5, "ALIGNED": 2, "CAP": 0.5, "TOLERANCE": 0.5}
+KEYS = {"PER_CLASS": 1, "CALIBRATION": 1, "BATCH": 1, "RATES": (0.5,), "ALIGNED": 2, "CAP": 0.5, "TOLERANCE": 0.5}
 KEYS |= {"HALVINGS": 1, "KNOWLEDGE": {}}
 
 
