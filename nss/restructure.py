@@ -7,6 +7,8 @@ step. Fine-tuning afterwards is optional.
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -25,6 +27,7 @@ from nss.profile import Profile, profile
 from nss.size import count_macs, count_parameters
 from nss.slice import SemanticSlices
 
+_LOG = logging.getLogger(__name__)
 BUDGETS = ("macs", "params", "latency_ms", "max_accuracy_drop")
 TRIALS = 6
 """halvings of the range of multiply-adds in search of a latency or an accuracy"""
@@ -48,7 +51,8 @@ class Restructured:
     model: Classifier
     plan: RestructurePlan
     report: tuple[Point, ...]
-    """original, refitted (no gradient step was taken yet) and, when asked for, fine-tuned"""
+    """original, refitted (no gradient step was taken yet) and, when asked for and no worse, fine-tuned; the last is of
+    `model`"""
     curve: tuple[Point, ...] = ()
     """refitted models at other sizes, as asked for by `curve`"""
 
@@ -81,12 +85,19 @@ class _Job:
         smaller = apply_plan(self.model, plan, self.data, self.profiled, seed=self.seed)
         points = [self.original, self.point("refitted", smaller)]
         if self.fine_tune_steps:
-            teacher = self.model if self.distil else None
-            fine_tune(
-                smaller, self.data, self.fine_tune_steps, self.seed, learning_rate=self.learning_rate, teacher=teacher
-            )
-            points.append(self.point("fine-tuned", smaller))
+            tuned = self._fine_tuned(smaller)
+            points.append(self.point("fine-tuned", tuned))
+            if _is_worse(*points[1:]):
+                # A refitted model is near a good one already: steps that are too long only lead away.
+                _LOG.info("fine-tuning lost accuracy, %s to %s: not kept", points[1].accuracy, points.pop().accuracy)
+            else:
+                smaller = tuned
         return Restructured(smaller, plan, tuple(points))
+
+    def _fine_tuned(self, smaller: Classifier) -> Classifier:
+        tuned, teacher = copy.deepcopy(smaller), self.model if self.distil else None
+        fine_tune(tuned, self.data, self.fine_tune_steps, self.seed, learning_rate=self.learning_rate, teacher=teacher)
+        return tuned
 
     def refitted(self, planner: Planner, share: float) -> Point:
         """Measure what is left of the model at a share of the multiply-adds, without a gradient step."""
@@ -98,6 +109,10 @@ class _Job:
         found = evaluate(model, self.held_out) if self.held_out is not None else None
         accuracy, per_class = (found.accuracy, found.per_class) if found else (None, None)
         return Point(name, count_macs(model), count_parameters(model), accuracy, per_class)
+
+
+def _is_worse(before: Point, after: Point) -> bool:
+    return before.accuracy is not None and after.accuracy is not None and after.accuracy < before.accuracy
 
 
 def restructure(
@@ -128,7 +143,8 @@ def restructure(
     split, its val split is held out), or anything `iter_batches` takes. profiled: with Gram matrices; gathered when
     not given. held_out: to judge on, default the val split. cap: the largest share of a layer's neurons that may go.
     multiple: layers keep a multiple of so many neurons as far as the budget allows, 8 or 16 for fast kernels.
-    fine_tune_steps: gradient steps afterwards, of batches of 128; distil: with the original as a teacher.
+    fine_tune_steps: gradient steps afterwards, of batches of 128, which are not kept where they make the model worse on
+    the held-out images; distil: with the original as a teacher.
     curve: shares of the multiply-adds at which a refitted model is measured too; those below the cap are left out.
     Source: NeuSemSlice, arXiv 2407.20281, section 4 (keep the critical neurons, remove the rest); merging, refit and
     budgets are ours, docs/restructure.md. Raises RestructureError for none or several budgets, one that cannot be

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,6 +166,26 @@ def test_fine_tuning_with_the_original_as_a_teacher_is_reported_as_a_step_of_its
     assert nss.model_digest(again.model) == nss.model_digest(found.model)
     assert json.loads(json.dumps(found.to_dict()))["plan"]["macs_share"] == found.plan.macs_share
     assert original.macs == nss.count_macs(trained)
+
+
+def test_fine_tuning_that_loses_accuracy_is_not_kept(
+    trained: nss.Classifier,
+    slices: nss.SemanticSlices,
+    digits: nss.Dataset,
+    profiled: nss.Profile,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    refitted = nss.restructure(trained, slices, digits, profiled, macs=0.3)
+    harmful: Any = {"macs": 0.3, "fine_tune_steps": 3, "learning_rate": 5.0}
+    with caplog.at_level("INFO", "nss.restructure"):
+        found = nss.restructure(trained, slices, digits, profiled, **harmful)
+    assert nss.model_digest(found.model) == nss.model_digest(refitted.model)
+    assert [point.name for point in found.report] == ["original", "refitted"]
+    assert f"fine-tuning lost accuracy, {refitted.report[1].accuracy} to " in caplog.text
+    # Without held-out images nobody knows, and what was asked for is done.
+    train = digits.split("train")
+    blind = nss.restructure(trained, slices, (train.images[:], train.labels[:]), profiled, **harmful)
+    assert [(point.name, point.accuracy) for point in blind.report[1:]] == [("refitted", None), ("fine-tuned", None)]
 
 
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet_small"])
