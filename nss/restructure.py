@@ -83,15 +83,16 @@ class _Job:
     def build(self, plan: RestructurePlan) -> Restructured:
         """Carry a plan out and measure every step of it."""
         smaller = apply_plan(self.model, plan, self.data, self.profiled, seed=self.seed)
-        points = [self.original, self.point("refitted", smaller)]
+        refitted = self.point("refitted", smaller)
+        points = [self.original, refitted]
         if self.fine_tune_steps:
             tuned = self._fine_tuned(smaller)
-            points.append(self.point("fine-tuned", tuned))
-            if _is_worse(*points[1:]):
+            after = self.point("fine-tuned", tuned)
+            if _is_worse(refitted, after):
                 # A refitted model is near a good one already: steps that are too long only lead away.
-                _LOG.info("fine-tuning lost accuracy, %s to %s: not kept", points[1].accuracy, points.pop().accuracy)
+                _LOG.info("fine-tuning lost accuracy, %s to %s: not kept", refitted.accuracy, after.accuracy)
             else:
-                smaller = tuned
+                smaller, points = tuned, [*points, after]
         return Restructured(smaller, plan, tuple(points))
 
     def _fine_tuned(self, smaller: Classifier) -> Classifier:
