@@ -206,9 +206,19 @@ def reached_at(row: Row, target: float) -> int | None:
     return next((epoch for epoch, value in enumerate(row["curve"]) if value >= target), None)
 
 
-def fastest(rows: Sequence[Row], target: float) -> Row:
-    """Return the row that reaches `target` after the fewest epochs, of equals, or where none does, the first.
+def fastest_of_each(rows: Sequence[Row], target: float) -> dict[str, Row]:
+    """Return for each method the row that its time to `target` is taken from.
 
-    A baseline's time to the target is that of the setting that gets there first, wherever it ends.
+    Of a baseline it is the setting that gets there first, wherever it ends; of ours the chosen one.
     """
+    methods = dict.fromkeys(row["method"] for row in rows)
+    counting = {
+        method: [row for row in rows if row["method"] == method and (method != OURS or row["chosen"])]
+        for method in methods
+    }
+    return {method: _fastest(own, target) for method, own in counting.items()}
+
+
+def _fastest(rows: Sequence[Row], target: float) -> Row:
+    """Return the row that reaches `target` after the fewest epochs, of equals, or where none does, the first."""
     return min(rows, key=lambda row: math.inf if (epoch := reached_at(row, target)) is None else epoch)

@@ -45,7 +45,7 @@ from bench.readapt_points import (
     TURNS,
     Grid,
     Points,
-    fastest,
+    fastest_of_each,
     goal_of,
     reached_at,
     to_target,
@@ -53,6 +53,7 @@ from bench.readapt_points import (
 from bench.step_time import BATCH as STEP_BATCH
 from bench.step_time import REPEATS, step_times
 from nss.model import model_digest
+from nss.tunable import TELLING
 
 STEP_TIME = "nss.zoo:vgg_small"
 _TRAINED = (FULL, "last", "deeparc")
@@ -126,8 +127,8 @@ PROTOCOL = {
     "baselines": f"full; last: the last {LAST} layers; batchnorm: scale, shift and statistics; deeparc: modules of "
     f"neighbours with a CKA above {THRESHOLD}, lowered until there are at most half as many modules as layers, the "
     "first layers of the modules trained",
-    "nss": f"share {SHARE}; the guard is made from a profile of the first {PER_CLASS} training images of each "
-    "category, not counted in its seconds",
+    "nss": f"share {SHARE}, neurons chosen by {TELLING} of the samples; the guard is made from a profile of the first "
+    f"{PER_CLASS} training images of each category, not counted in its seconds",
     "choice": "for each case and seed, by the held-out images, the same for every method: of its points that reach "
     "the target on new ones the one that is best on old ones, where there is none the best on new ones; a baseline's "
     "points are all epochs of all its settings, those of nss its settings, each at the epoch that readapt keeps, which "
@@ -189,7 +190,7 @@ def tables(summary: Sequence[Row]) -> list[Table]:
 
 def _terms(cases: Mapping[tuple[str, str], Grid]) -> Row:
     """Return what decides the rows of a subject."""
-    turns = {"turns": TURNS, "step": [STEP_BATCH, REPEATS]}
+    turns = {"turns": TURNS, "step": [STEP_BATCH, REPEATS], "telling": TELLING}
     return {**_numbers(), **turns, "cases": {" ".join(case): asdict(grid) for case, grid in cases.items()}}
 
 
@@ -216,12 +217,10 @@ def _case(subject: Subject, case: tuple[str, str], grid: Grid, *, times: bool) -
 
     peers = resumed("rq3-peers", key, lambda: [{**identity, **row} for row in points().peers()])
     target = goal_of(row["curve"] for row in peers if row["method"] == FULL)
-    ours = resumed("rq3-nss", {**key, "target": target}, lambda: [{**identity, **row} for row in points().ours(target)])
+    own_key = {**key, "target": target, "telling": TELLING}
+    ours = resumed("rq3-nss", own_key, lambda: [{**identity, **row} for row in points().ours(target)])
     rows = [{**row, "target": target} for row in (*peers, *ours)]
-    first = {
-        method: fastest([row for row in rows if row["method"] == method and (method != OURS or row["chosen"])], target)
-        for method in dict.fromkeys(row["method"] for row in rows)
-    }
+    first = fastest_of_each(rows, target)
     rows = [{**row, **to_target(first[row["method"]] if row["chosen"] else row, target)} for row in rows]
     return _timed(rows, first, key, points) if case == MAIN and times else rows
 

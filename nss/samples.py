@@ -105,6 +105,17 @@ def drawn(labels: Tensor, share: float, seed: int, least: int = 0) -> Tensor:
     return chosen
 
 
+def spread(labels: Tensor, count: int) -> Tensor:
+    """Choose `count` of each class, or all it has, evenly over the order they are in. labels: int64 [n]. Bool [n].
+
+    >>> spread(torch.tensor([0, 0, 1, 0, 0]), 2)
+    tensor([False,  True,  True, False,  True])
+    """
+    rank, sizes = rank_in_class(labels), torch.bincount(labels)[labels]
+    wanted = sizes.clamp_max(count)
+    return (rank + 1) * wanted // sizes > rank * wanted // sizes
+
+
 def rank_in_class(labels: Tensor) -> Tensor:
     """Return how many of the same label come before each. labels: int64 [n]. Returns int64 [n].
 

@@ -291,20 +291,23 @@ def test_every_benchmark_says_what_its_columns_are() -> None:
 def test_a_quick_run_compares_every_scheme_and_variant_that_a_whole_one_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def keys_of(module: ModuleType, *size: object, **more: object) -> list[Row]:
+    def keys_of(module: ModuleType, subject: common.Subject, *size: object, **more: object) -> list[Row]:
         keys: list[Row] = []
         monkeypatch.setattr(module, "resumed", lambda _, key, __: keys.append(key) or [])
         monkeypatch.setattr(module, "model_digest", lambda _: "")
-        subject = module._Subject("d", "m:n", 0)
         vars(subject)["model"] = None
         module._one(subject, *size, **more)
         return keys
 
-    pruned = [keys_of(rq2, course) for course in (rq2.SMALL, rq2.WHOLE)]
+    who = "d", "m:n", 0
+    pruned = [keys_of(rq2, rq2._Subject(*who, course)) for course in (rq2.SMALL, rq2.WHOLE)]
     assert [{(key["method"], key["setting"]) for key in keys} for keys in pruned] == [
         {(scheme, setting) for scheme in SCHEMES for setting in ("dense", "pre-slice")}
     ] * 2
-    smaller = [keys_of(restructure, size, times=False) for size in (restructure.SMALL, restructure.WHOLE)]
+    smaller = [
+        keys_of(restructure, restructure._Subject(*who), size, times=False)
+        for size in (restructure.SMALL, restructure.WHOLE)
+    ]
     assert [{key["method"] for key in keys} for keys in smaller] == [
         {"nss", "nss-8", "nss-cut", "tp-magnitude-local", "tp-magnitude-global", "tp-taylor-local", "tp-taylor-global"}
     ] * 2

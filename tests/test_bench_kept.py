@@ -228,7 +228,7 @@ def test_every_number_of_the_protocol_that_is_changed_measures_anew(
 ) -> None:
     module = {"rq2": rq2, "restructure": restructure, "rq3": rq3, "rq4": rq4}[name]
     changed = {
-        "rq2": {"MACS": 0.4, "PER_CLASS": 1, "TOLERANCE": 0.5, "BATCH": 1, "RATE": 0.5, "WHOLE": rq2.SMALL},
+        "rq2": {"DROP": 0.4, "PER_CLASS": 1, "TOLERANCE": 0.5, "BATCH": 1, "RATE": 0.5, "WHOLE": rq2.SMALL},
         "restructure": {"PER_CLASS": 1, "CALIBRATION": 1, "BATCH": 1, "RATES": (0.5,), "ALIGNED": 2}
         | {"CAP": 0.5, "METHODS": ("nss",), "WHOLE": restructure.SMALL, "TOLERANCE": 0.5, "HALVINGS": 1, "REPEATS": 1}
         | {"KNOWLEDGE": {"metric": "taylor", "rule": "cumulative", "threshold": 0.9}},

@@ -16,7 +16,17 @@ from bench import common, rq3
 from bench.common import Report, Row, Settings, interleaved
 from bench.readapt_cases import ATTACK, DRIFT, EPS, MAIN, NEW, OTHERS, REPAIR, Case, Subject, change, worked
 from bench.readapt_peers import PEERS, train_peer, trained_layers
-from bench.readapt_points import BATCH, OURS, Grid, Points, best_point, epoch_seconds, fastest, goal_of, to_target
+from bench.readapt_points import (
+    BATCH,
+    OURS,
+    Grid,
+    Points,
+    best_point,
+    epoch_seconds,
+    fastest_of_each,
+    goal_of,
+    to_target,
+)
 from nss.attacks import pgd
 from nss.critical import critical_neurons
 from nss.data import SPLITS, Batch, Dataset
@@ -141,11 +151,12 @@ def test_what_is_enough_is_half_a_point_below_the_best_epoch_of_full_retraining(
     assert goal_of([[0.2, 0.8, 0.7], [0.2, 0.6, 0.75]]) == 0.795
 
 
-def test_a_baseline_is_timed_in_the_setting_that_gets_there_first() -> None:
-    rows = [{"curve": [0.1, 0.5, 0.9], "steps": 2}, {"curve": [0.1, 0.8, 0.7], "steps": 2}, {"curve": [0, 0, 0]}]
-    assert fastest(rows, 0.7) is rows[1]
-    assert fastest(rows, 0.85) is rows[0]
-    assert fastest(rows, 0.95) is rows[0]
+def test_a_baseline_is_timed_in_the_setting_that_gets_there_first_and_ours_in_the_chosen_one() -> None:
+    curves = [[0.1, 0.5, 0.9], [0.1, 0.8, 0.7], [0, 0, 0]]
+    full = [{"method": "full", "curve": curve, "chosen": place == 2} for place, curve in enumerate(curves)]
+    ours = [{"method": OURS, "curve": curve, "chosen": place == 0} for place, curve in enumerate(curves)]
+    for target, place in ((0.7, 1), (0.85, 0), (0.95, 0)):
+        assert fastest_of_each([*full, *ours], target) == {"full": full[place], OURS: ours[0]}
 
 
 def test_the_choice_of_neurons_counts_in_full_in_the_time_to_the_target() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import ModuleType
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nss.samples import FEWEST, Samples, drawn, joined, parts, whole
+from nss.samples import FEWEST, Samples, drawn, joined, parts, spread, whole
 
 few = settings(max_examples=30, deadline=None)
 
@@ -88,3 +89,22 @@ def test_images_of_one_type_are_joined_as_they_are() -> None:
         assert torch.equal(both.images, torch.cat([images, images]))
         nothing = Samples(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
         assert joined(samples, nothing) is joined(nothing, samples) is samples
+
+
+@given(sizes=st.lists(st.integers(0, 60), min_size=1, max_size=4), count=st.integers(0, 70), seed=st.integers(0, 99))
+@few
+def test_samples_are_spread_evenly_over_their_class(sizes: list[int], count: int, seed: int) -> None:
+    labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+    chosen = spread(labels, count)
+    for label, size in enumerate(sizes):
+        ranks = chosen[labels == label].nonzero().flatten().tolist()
+        assert len(ranks) == min(size, count)
+        steps = {after - before for before, after in itertools.pairwise(ranks)}
+        assert not steps or max(steps) - min(steps) <= 1
+
+
+def test_an_even_spread_by_hand() -> None:
+    assert spread(torch.tensor([0, 0, 1, 0, 0, 1, 0]), 2).tolist() == [False, False, True, True, False, True, True]
+    assert spread(torch.tensor([2, 2, 2]), 1).tolist() == [False, False, True]
+    assert spread(torch.zeros(0, dtype=torch.int64), 3).tolist() == []

@@ -109,6 +109,26 @@ def test_a_neuron_counts_by_the_share_of_the_samples_in_whose_slice_it_is_critic
     assert float(taken.min()) >= float(left.max()) * (1 - 1e-5)
 
 
+def test_of_many_samples_some_of_each_class_tell_and_count_as_many_as_there_are(networks: ModuleType) -> None:
+    model = networks.zoo_model("lenet")
+    slices = all_critical(model.network, networks.SHAPE, model.spec.classes)
+    # 250 in all, of two classes 125 each: every fourth of the 500 of class 0, all 100 of class 3.
+    labels = torch.cat([torch.zeros(400), torch.full((100,), 3), torch.zeros(100)]).long()
+    images = networks.pictures(600)
+    told = torch.cat([torch.arange(3, 400, 4), torch.arange(400, 500), torch.arange(503, 600, 4)])
+    others = torch.ones(600, dtype=torch.bool)
+    others[told] = False
+    free = tunable_neurons(model, slices, images, labels, 0.1)
+    blank = torch.where(others[:, None, None, None], torch.zeros_like(images), images)
+    again = tunable_neurons(model, slices, blank, labels, 0.1)
+    assert all(torch.equal(mask, again[layer]) for layer, mask in free.items())
+    written_out = torch.cat([told] + [told[labels[told] == 0]] * 3)
+    scores = relative_gradients(model, list(free), images[written_out], labels[written_out])
+    taken = torch.cat([scores[layer][mask] for layer, mask in free.items()])
+    left = torch.cat([scores[layer][~mask] for layer, mask in free.items()])
+    assert float(taken.min()) >= float(left.max()) * (1 - 1e-5)
+
+
 def test_the_model_is_left_as_it_was(networks: ModuleType) -> None:
     model = networks.zoo_model("resnet20").train()
     model.network.head.requires_grad_(False)
