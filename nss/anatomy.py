@@ -1,6 +1,6 @@
 """Find the neurons of any traceable network and which of them hang together.
 
-Every output channel of every layer gets a number (an *id*). The network runs once on one blank image, and beside each
+Every output channel of every layer gets a number (an *id*). The network runs once on two blank images, and beside each
 activation travels an integer tensor of the same shape that names, for each entry, the channel it came from (-1: none).
 Operations that move numbers (cat, flatten, chunk, shuffle) move the names; adding two tensors ties their names; a
 layer with weights reads names and makes new ones. So residual adds, concat offsets, depthwise layers, squeeze-excite
@@ -24,6 +24,8 @@ from nss.mask import ChannelMask
 from nss.tracing import trace
 
 NONE = -1
+# Of one image alone `x.squeeze()` would drop the axis of the images too.
+BLANKS = 2
 # No channel and no partner needed: one value spread over all channels of another tensor.
 SPREAD = -2
 TIED = "it is tied to channels that are no neurons"
@@ -86,7 +88,7 @@ def dissect(network: nn.Module, input_shape: tuple[int, ...]) -> Anatomy:
         walker = _Walker(trace(network))
         first = next(network.parameters(), torch.zeros(()))
         with torch.no_grad():
-            walker.run(torch.zeros(1, *input_shape, device=first.device, dtype=first.dtype))
+            walker.run(torch.zeros(BLANKS, *input_shape, device=first.device, dtype=first.dtype))
     except SiteError:
         raise
     except Exception as problem:
@@ -166,7 +168,7 @@ class _Walker(fx.Interpreter):
         module_path = str(node.target)
         call = 1 + sum(each.module == module_path for each in self.anatomy.producers)
         name = module_path if call == 1 else f"{module_path}#{call}"
-        places = result.numel() // len(out_ids)
+        places = result.numel() // len(out_ids) // BLANKS
         self.anatomy.producers.append(Producer(name, module_path, node, out_ids, in_ids, dim, places))
         shape = [1] * result.dim()
         shape[dim] = len(out_ids)

@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import Tensor
 
-from nss.data import Data
+from nss.data import Data, Dataset, train_part
 from nss.errors import RestructureError
 from nss.merge import Reading, fold, readings
 from nss.model import Classifier, evaluating
@@ -18,6 +18,7 @@ from nss.plan import RestructurePlan
 from nss.profile import Profile
 from nss.refit import refit
 from nss.remove import cut_out
+from nss.shards import first_of_each_class
 from nss.sites import Sites, find_sites
 from nss.steps import first_of_each, training_images
 from nss.told import route_by
@@ -32,7 +33,8 @@ def apply_plan(
 
     data: what to refit on, `images` of it, as many of each category; no gradient step is taken. Ready to train on,
     with a fresh optimizer. Of an extended model the columns become smaller, and its router learns anew from the data.
-    Raises RestructureError for a plan of another model, and layers or neurons that do not exist.
+    Raises RestructureError for a plan of another model, layers or neurons that do not exist, and numbers that are not
+    finite; ModelError when there are no images; DataError for an iterator of batches that was read before.
 
     >>> smaller = nss.apply_plan(model, plan, data, profile)
     """
@@ -41,14 +43,24 @@ def apply_plan(
     plan.check(model, sites)
     units = find_units(sites)
     stay = units.channels(units.kept(plan.neurons(), sites))  # what cannot leave stays as it is
-    learned = training_images(data)
-    sample, _ = first_of_each(*learned, max(1, images // len(model.spec.classes)))
+    sample, _ = calibration(data, max(1, images // len(model.spec.classes)))
     smaller = refitted(model, sites, list(readings(model.network, sites, profiled)), stay, sample, seed)
     if model.spec.tasks:
         narrow(smaller)
-        route_by(smaller, learned, data)
+        route_by(smaller, training_images(data), data)
     smaller.spec = replace(smaller.spec, parent=plan.model)
     return smaller
+
+
+def calibration(data: Data, count: int) -> tuple[Tensor, Tensor]:
+    """Return the first `count` training images of each category, and their labels; of a Dataset no other is read.
+
+    Raises ModelError when there are none, and DataError for an iterator of batches that was read before.
+    """
+    part = train_part(data)
+    if isinstance(part, Dataset):
+        return training_images(first_of_each_class(part, count))
+    return first_of_each(*training_images(part), count)
 
 
 def refitted(

@@ -37,11 +37,14 @@ def train(
     learning_rate: float = 0.05,
     weight_decay: float = 5e-4,
 ) -> list[Epoch]:
-    """Train `model` in place by SGD with Nesterov momentum 0.9 under a one-cycle schedule; ends in evaluation mode.
+    """Train `model` in place by SGD with Nesterov momentum 0.9 under a one-cycle schedule.
+
+    Always ends in evaluation mode.
 
     data: a Dataset is trained on its train split and validated on its val split; anything else is trained on whole.
-    The same model, data, seed and machine give the same weights. Raises ModelError when there are no images, the
-    settings are out of range, or the loss is not finite any more.
+    The same model, data, seed and machine give the same weights. Raises ModelError when there are no images, no
+    parameter requires a gradient, the settings are out of range, the model answers more than logits in training mode,
+    or the loss is not finite any more.
 
     >>> history = nss.train(model, nss.load_data("data"), epochs=5, seed=0)
     >>> history[-1].val_accuracy
@@ -55,13 +58,15 @@ def train(
     steps = max(1, len(images) // batch_size)
     optimizer, schedule = sgd(model.parameters(), epochs * steps, learning_rate, weight_decay)
     history = []
-    with seeded(seed, device_of(model)):  # dropout
-        for epoch in range(1, epochs + 1):
-            loss, right = _epoch(model, images, labels, optimizer, schedule, generator, batch_size)
-            found = Epoch(epoch, loss, right, float("nan") if held_out is None else accuracy(model, held_out))
-            history.append(found)
-            _LOG.info("epoch %d of %d: loss %.4f, validation accuracy %.4f", epoch, epochs, loss, found.val_accuracy)
-    model.eval()
+    try:
+        with seeded(seed, device_of(model)):  # dropout
+            for epoch in range(1, epochs + 1):
+                loss, right = _epoch(model, images, labels, optimizer, schedule, generator, batch_size)
+                judged = float("nan") if held_out is None else accuracy(model, held_out)
+                history.append(Epoch(epoch, loss, right, judged))
+                _LOG.info("epoch %d of %d: loss %.4f, validation accuracy %.4f", epoch, epochs, loss, judged)
+    finally:
+        model.eval()
     return history
 
 

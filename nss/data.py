@@ -196,7 +196,7 @@ def iter_batches(data: Data, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
     `data` is a Dataset (streamed from its mapped batches), a pair of tensors, or any iterable of such pairs, for
     example a DataLoader, whose own batches may have any size. Images are passed on as they are, labels become
-    int64 [n]. What is none of these raises DataError.
+    int64 [n] on the CPU. What is none of these raises DataError, and so does an iterator that was read before.
 
     >>> [len(labels) for _, labels in iter_batches((torch.zeros(5, 1, 2, 2), torch.arange(5)), 2)]
     [2, 2, 1]
@@ -252,8 +252,7 @@ def load_data(path: str | Path, verify: bool = True) -> Dataset:
     if not (root / "dataset.json").is_file():
         raise DataError("there is no data set here: dataset.json is missing", where=str(root), fix=_RESTORE)
     content = read_json(root / "dataset.json", DataError)
-    problems = _problems_of(content)
-    if problems:
+    if problems := _problems_of(content):
         where = str(root / "dataset.json")
         raise DataError("dataset.json is not what it should be", problems, where=where, fix=_RESTORE)
     classes, shape = tuple(content["classes"]), tuple(content["image_shape"])
@@ -323,8 +322,7 @@ def _shape_problems(shape: Any) -> list[str]:
 def _digest_problems(digests: Any) -> list[str]:
     if not isinstance(digests, list) or not digests:
         return ["batches must be a list of at least one digest"]
-    wrong = [digest for digest in digests if not (isinstance(digest, str) and _DIGEST.fullmatch(digest))]
-    if wrong:
+    if wrong := [digest for digest in digests if not (isinstance(digest, str) and _DIGEST.fullmatch(digest))]:
         return [f"batch {digest!r} is no digest of 32 hexadecimal characters" for digest in wrong]
     return [] if len(set(digests)) == len(digests) else ["a batch is listed twice"]
 
@@ -332,8 +330,7 @@ def _digest_problems(digests: Any) -> list[str]:
 def _load_batch(root: Path, digest: str, classes: tuple[str, ...], shape: tuple[int, ...], verify: bool) -> Batch:
     path = batch_path(root, digest)
     tensors, meta = read_tensors(path, DataError)
-    problem = _batch_problem(tensors, meta, len(classes), shape)
-    if problem:
+    if problem := _batch_problem(tensors, meta, len(classes), shape):
         raise DataError(f"batch {digest} is not what it should be: {problem}", where=str(path), fix=_RESTORE)
     batch = Batch(digest, tensors["images"], tensors["labels"], tensors["split"])
     if verify and batch_digest(batch.images, batch.labels, batch.split, classes) != digest:
@@ -361,11 +358,14 @@ def _pieces(data: Data, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in data.batches:
             for start in range(0, len(batch), size):
                 yield batch.read(start, start + size)
-    elif isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
-        yield _checked(data)
     else:
-        for piece in cast("Iterable[object]", data):
+        pair, empty = isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor), True
+        for piece in [data] if pair else cast("Iterable[object]", data):
+            empty = False
             yield _checked(piece)
+        if empty and isinstance(data, Iterator):
+            fix = "give a list of batches, a DataLoader or a Dataset: a generator can be read only once"
+            raise DataError("the iterator of batches is empty, or was read before", where="data", fix=fix)
 
 
 def _checked(piece: object) -> tuple[Tensor, Tensor]:
@@ -376,7 +376,7 @@ def _checked(piece: object) -> tuple[Tensor, Tensor]:
     if images.ndim < 2 or labels.ndim != 1 or len(images) != len(labels) or labels.is_floating_point():
         what = f"images {list(images.shape)} and labels {labels.dtype} {list(labels.shape)} do not fit each other"
         raise DataError(what, allowed="images [n, c, h, w] and whole-number labels [n]")
-    return images, labels.long()
+    return images, labels.cpu().long()
 
 
 def _regroup(pieces: Iterator[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -37,8 +37,9 @@ def fine_tune(
     half of what is learned from (distillation, Hinton et al. 2015); default none. Always ends in evaluation mode. A
     model that was extended is trained told the task, since a loss that leads through its router ruins it, and the
     router learns anew from the images. The same model, data, seed and machine give the same weights.
-    Raises ModelError when there are no images (of an extended model: of some class), settings are out of range, or the
-    loss is not finite any more.
+    Parameters that do not require a gradient stay as they are. Raises ModelError when none requires one, there are no
+    images (of an extended model: of some class), settings are out of range, the model answers more than logits in
+    training mode, or the loss is not finite any more.
 
     >>> nss.fine_tune(smaller, nss.load_data("data"), steps=300, seed=0, teacher=model)
     """

@@ -20,8 +20,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from nss.anatomy import Anatomy, Producer
 from nss.coupling import lookup
 from nss.errors import SiteError
-from nss.model import network_of, shape_of
-from nss.operations import CHANNEL_NORMS, CONVOLUTIONS, MAX_POOLS, module_calls, module_of, norm_behind
+from nss.model import evaluating, network_of, shape_of
+from nss.operations import CHANNEL_NORMS, CONVOLUTIONS, is_max_pool, module_calls, module_of, norm_behind
 from nss.rows import FoldedActivation, FreeConvolution, FreeLinear, FreeNorm, FreeRows, RectifiedPool
 from nss.sites import find_sites
 from nss.weight_masks import apply_masks, refuse_unowned, release_masks
@@ -59,8 +59,9 @@ def freeze(model: nn.Module, free: Mapping[str, Tensor], input_shape: Sequence[i
     Train the copy with any optimizer over its `parameters()`, then `thaw` it. input_shape: needed for models not made
     by `build_model`.
     Source: NeuSemSlice, arXiv 2407.20281, section 3 (critical neurons tuned, the rest frozen).
-    Raises SiteError for unknown layers, masks of a wrong length or type, and weights that are computed from others or
-    shared by layers.
+    Raises SiteError for unknown layers, masks of a wrong length or type, weights that are computed from others or
+    shared by layers, and a network of which a frozen copy answers otherwise, or that calls layers that are not
+    registered where it calls them from.
 
     >>> frozen = freeze(model, {"conv1": torch.arange(16) < 4})
     >>> [tuple(parameter.shape) for parameter in frozen.parameters()]
@@ -83,6 +84,7 @@ def freeze(model: nn.Module, free: Mapping[str, Tensor], input_shape: Sequence[i
             layer.mask(mask)
     _replace(network, wrapped)
     vars(network)["masks"] = masks
+    _check_alike(network_of(model), network, shape_of(model, input_shape))
     return twin
 
 
@@ -167,14 +169,42 @@ def _replace(root: nn.Module, by: Mapping[int, nn.Module]) -> None:
                 parent._modules[name] = by[id(child)]
 
 
+def _check_alike(model: nn.Module, frozen: nn.Module, shape: Sequence[int]) -> None:
+    """Refuse a copy that does not answer as the model does, or goes past a layer that may move."""
+    like = next(iter(model.parameters()))
+    images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(like)
+    free = {name: each for name, each in frozen.named_modules() if isinstance(each, FreeRows) and each.is_free}
+    called: list[nn.Module] = []
+    hooks = [each.register_forward_hook(lambda module, *_: called.append(module)) for each in free.values()]
+    with evaluating(model), evaluating(frozen), torch.no_grad():
+        expected, found = model(images), frozen(images)
+    for hook in hooks:
+        hook.remove()
+    if missed := [name for name, each in free.items() if each not in called]:
+        raise SiteError(
+            "the network calls it from elsewhere than where it is registered",
+            where=", ".join(missed),
+            fix="call the registered module, not one that a list or an attribute of another kind holds",
+        )
+    slack = 10 * torch.finfo(like.dtype).eps ** 0.5 * (1 + float(expected.abs().max()))
+    if not bool(((found - expected).abs() <= slack).all()):
+        raise SiteError(
+            "frozen, the network answers otherwise",
+            where=type(model).__name__,
+            fix="compute with layers by calling them, not from their weights, and with norms of PyTorch's own classes",
+        )
+
+
 def _followed_by_norm(anatomy: Anatomy) -> dict[str, str]:
-    """Return {convolution: BatchNorm} of those pairs whose only business is with each other."""
+    """Return {layer: BatchNorm} of those pairs whose only business is with each other."""
     calls = module_calls(anatomy.graph)
     pairs = {}
     for producer in anatomy.producers:
         norm = norm_behind(producer.node, anatomy.graph)
         layer = anatomy.graph.get_submodule(producer.module)
-        if norm is None or norm.running_mean is None or not isinstance(layer, CONVOLUTIONS):
+        # Behind positions of a linear layer a BatchNorm takes the positions for channels.
+        apart = isinstance(layer, nn.Linear) and producer.places > 1
+        if norm is None or norm.running_mean is None or apart:
             continue
         name = str(next(iter(producer.node.users)).target)
         if calls[producer.module] == calls[name] == 1:
@@ -205,7 +235,7 @@ def _followed_by_pool(anatomy: Anatomy, relus: Mapping[str, str]) -> dict[str, s
         if str(node.target) not in relus.values() or len(node.users) != 1:
             continue
         after = next(iter(node.users))
-        if isinstance(module_of(after, graph), MAX_POOLS) and calls[str(after.target)] == 1:
+        if module_of(after, graph) is not None and is_max_pool(after, graph) and calls[str(after.target)] == 1:
             pairs[str(node.target)] = str(after.target)
     return pairs
 
@@ -223,19 +253,19 @@ def _wrapped(
     chosen = {name: flags.nonzero()[:, 0] for name, flags in rows.items()}
     for name, module in modules.items():
         own = chosen.get(name, torch.zeros(0, dtype=torch.int64))
-        if isinstance(module, nn.Linear) and len(own):
-            wrapped[id(module)] = FreeLinear(module, own)
-        elif isinstance(module, CHANNEL_NORMS) or (isinstance(module, nn.GroupNorm) and len(own)):
+        if name in rows and (isinstance(module, CHANNEL_NORMS) or (isinstance(module, nn.GroupNorm) and len(own))):
             wrapped[id(module)] = FreeNorm(module, own)
         elif isinstance(module, _NormBase) and module.running_mean is not None:
             wrapped[id(module)] = StillNorm(module)
     for name, module in modules.items():
         own = chosen.get(name, torch.zeros(0, dtype=torch.int64))
-        if isinstance(module, CONVOLUTIONS) and (len(own) or name in norms):
-            norm = wrapped[id(modules[norms[name]])] if name in norms else None
+        norm = cast("FreeNorm | None", wrapped[id(modules[norms[name]])] if name in norms else None)
+        if isinstance(module, nn.Linear) and len(own):
+            wrapped[id(module)] = FreeLinear(module, own, norm)
+        if isinstance(module, CONVOLUTIONS) and (len(own) or norm is not None):
             relu = relus.get(name, "")
             rectified = relu != "" and relu not in pools
-            wrapped[id(module)] = FreeConvolution(module, own, cast("FreeNorm | None", norm), rectified)
+            wrapped[id(module)] = FreeConvolution(module, own, norm, rectified)
             if relu:
                 wrapped[id(modules[relu])] = FoldedActivation(modules[relu])
             if relu in pools:

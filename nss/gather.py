@@ -57,9 +57,11 @@ class Gatherer:
     {reader: number of positions that were added up}, `counts` int64 [classes], `reads` {site: (reader, places)};
     `windows` {layer: float64 [lags, groups, channels + 1, channels + 1]} of one image in so many, `window_positions`
     {layer: number of positions that were added up}.
+    Raises ProfileError for a network that normalises an image by others of its batch.
     """
 
     def __init__(self, sites: Sites, sums: Sequence[str], classes: int, *, gram: bool, windows: int = 0) -> None:
+        _refuse_batch_statistics(sites.anatomy.graph)
         _keep_memory()
         self._way = Way(watched={site.node.name: partial(_summed, site) for site in sites})
         self._sites, self._readers = list(sites), list(readers(sites)) if gram else []
@@ -183,6 +185,18 @@ class Gatherer:
             added = correlations(x, window.layer, window.channels)
             self.windows[window.name] = added + self.windows.get(window.name, 0)
             self.window_positions[window.name] += positions_of(x, window.layer, window.channels)
+
+
+def _refuse_batch_statistics(graph: fx.GraphModule) -> None:
+    """What such a norm makes of an image is another thing in every batch: sums over batches would say nothing of it."""
+    for name, module in graph.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ProfileError(
+                f"the norm {name!r} keeps no statistics: an image's numbers depend on the others of its batch",
+                where=name,
+                allowed="BatchNorm with running statistics (track_running_stats=True), or a norm of each image alone",
+                fix="give it running statistics, by training it on, or use GroupNorm",
+            )
 
 
 def _keep_memory() -> None:

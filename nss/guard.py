@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from nss.anatomy import Anatomy
 from nss.model import network_of
 from nss.profile import Profile
-from nss.rows import FreeRows
+from nss.rows import FreeNorm, FreeRows
 from nss.surgery import Layer
 from nss.windows import window_moment
 
@@ -28,13 +28,19 @@ class _Term:
     """[inputs + 1, inputs + 1], or [rows, inputs + 1, inputs + 1] where each row reads channels of its own"""
     outputs: int
 
+    @classmethod
+    def of(cls, layer: FreeRows, moment: Tensor, outputs: int) -> _Term:
+        start = _rows(layer.effective(), moment.shape[-1] - 1).detach().clone()
+        return cls(layer, start, moment, outputs)
+
 
 class Guard:
     """Sum over layers of tr(dW G dW^T) / outputs: dW the change of the free rows, G the second moment of what they see.
 
     Both are those of the layer with the norm behind it folded in, so that each output counts in units of its spread. G
     is taken over all inputs and positions of a kernel together, and a last input of ones for the bias, from the
-    profile's `windows`. In a wide linear layer behind a flattened map, positions and the bias count apart.
+    profile's `windows`. In a wide linear layer behind a flattened map, positions and the bias count apart. A norm that
+    has no layer of its own before it reads what it normed itself: on old data of mean 0 and variance 1.
     Raises ProfileError when the profile has no windows.
 
     >>> guard = Guard(frozen, anatomy, profile)
@@ -43,13 +49,17 @@ class Guard:
     """
 
     def __init__(self, frozen: nn.Module, anatomy: Anatomy, profile: Profile) -> None:
+        network = network_of(frozen)
         self._terms = []
         for producer in anatomy.producers:
-            layer = network_of(frozen).get_submodule(producer.module)
-            if isinstance(layer, FreeRows) and layer.weight is not None:
-                moment = _read_by(layer, profile.window(producer.name)).to(layer.weight)
-                start = _rows(layer.effective(), moment.shape[-1] - 1).detach().clone()
-                self._terms.append(_Term(layer, start, moment, len(producer.out_ids)))
+            layer = network.get_submodule(producer.module)
+            if isinstance(layer, FreeRows) and layer.free_weight is not None:
+                moment = _read_by(layer, profile.window(producer.name)).to(layer.free_weight)
+                self._terms.append(_Term.of(layer, moment, len(producer.out_ids)))
+        for name, outputs in {each.module: len(each.ids) for each in anatomy.scalers}.items():
+            norm = network.get_submodule(name)
+            if isinstance(norm, FreeNorm) and not norm.folded and norm.free_weight is not None:
+                self._terms.append(_Term.of(norm, torch.eye(2).to(norm.free_weight), outputs))
 
     def __call__(self) -> Tensor:
         """Return the guard of the free rows as they are now, with gradients; zero at the start."""

@@ -47,6 +47,7 @@ def measure_latency(
 ) -> Latency:
     """Time `model` in evaluation mode where it is, without gradients, on random images: pixels if it takes them.
 
+    What was not made by `build_model` gets floats from 0 to 1, in the precision of its weights.
     Median and 95th percentile over `repeats` calls of each batch size, after `warmup` calls that do not count.
     input_shape: (channels, height, width), needed for models not made by `build_model`. The model is left in its mode.
     Raises ModelError for sizes or numbers of calls below 1.
@@ -59,7 +60,7 @@ def measure_latency(
     shape, device = shape_of(model, input_shape), device_of(model)
     pixels = random_pixels(max(batch_sizes), shape).to(device)
     # What was not made by build_model has no normalisation of its own and takes floats.
-    images = pixels if isinstance(model, Classifier) else pixels / 255
+    images = pixels if isinstance(model, Classifier) else (pixels / 255).to(_precision_of(model))
     with evaluating(model):
         return time_calls({"model": model}, images, batch_sizes, repeats=repeats, warmup=warmup)["model"]
 
@@ -103,6 +104,10 @@ def time_calls(
 def random_pixels(count: int, shape: Sequence[int]) -> Tensor:
     """Return random images uint8 [count, *shape], always the same."""
     return torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def _precision_of(model: nn.Module) -> torch.dtype:
+    return next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.get_default_dtype())
 
 
 def _summary(times: Mapping[int, Sequence[float]], device: torch.device, repeats: int) -> Latency:

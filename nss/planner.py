@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nss.allocate import Path, find_path, kept_units
+from nss.apply import calibration
 from nss.cost import cost_model
 from nss.data import Data
 from nss.errors import RestructureError
@@ -19,7 +20,6 @@ from nss.remove import remove
 from nss.sensitivity import measure_errors
 from nss.sites import find_sites
 from nss.slice import SemanticSlices
-from nss.steps import first_of_each, training_images
 from nss.units import find_units
 from nss.weight_masks import refuse_masks
 
@@ -33,7 +33,8 @@ class Planner:
     model: made by `build_model`. slices: whose categories must not be sacrificed. data: the train split of a Dataset,
     or all of anything else. cap: the largest share of a layer's neurons that may leave. multiple: layers keep a
     multiple of so many, as far as the budget allows: kernels work on blocks of 8 or 16 channels.
-    Raises RestructureError for a cap or a multiple out of range, or slices or a profile of another model.
+    Raises RestructureError for a cap or a multiple out of range, or slices or a profile of another model; ModelError
+    when there are no images; DataError for an iterator of batches that was read before, by the profile say.
 
     >>> planner = Planner(model, slices, data, profile)
     >>> planner.plan(macs=0.5).macs_share
@@ -61,7 +62,7 @@ class Planner:
         self.orders = [
             order_units(each.units, self.units.of, self.read, scores[each.units]) for each in self.units.groups
         ]
-        images, labels = first_of_each(*training_images(data), PROBED)
+        images, labels = calibration(data, PROBED)
         parts = [torch.isin(labels, torch.tensor(each.indices)) for each in slices]
         self.errors = measure_errors(model, self.sites, self.units, self.orders, self.read, images, parts)
         self._paths: dict[str, Path] = {}

@@ -246,7 +246,8 @@ def profile(
     bfloat16 (sums stay float64). prefetch: batches read ahead. classes, input_shape: needed for models not made by
     `build_model`.
     The model's mode, hooks, gradients and buffers are left as they were.
-    Raises ProfileError for unknown metrics, labels outside the classes, or no samples at all.
+    Raises ProfileError for unknown metrics, labels outside the classes, no samples at all, and a BatchNorm without
+    running statistics: what it makes of an image depends on the others of its batch.
 
     >>> profile = nss.profile(model, nss.load_data("data").split("train"))
     >>> profile.scores("taylor")["conv1"].shape

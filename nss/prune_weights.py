@@ -273,10 +273,12 @@ def prune_weights_iteratively(
     method, cap: see `prune_weights`. data: a Dataset (trained on its train split, its val split is held out), or
     anything `iter_batches` takes, then with `held_out`. retrain_steps: SGD steps of each iteration, by `fine_tune`;
     0 for none. It ends with the first accuracy out of tolerance, after max_iterations, or when a step would mask
-    nothing, which is no iteration. reference: the accuracy that the drop is counted from, default the model's own.
-    original_parameters: of the model before channels were removed from it; default the model's own. Equal arguments
-    give equal weights. Source: NeuSemSlice, arXiv 2407.20281, section 4; method.md 5.
-    Raises PruneError for settings out of range, no held-out images, and what `prune_weights` refuses.
+    nothing, which is no iteration; after none, `model` is a copy of the original. reference: the accuracy that the drop
+    is counted from, default the model's own. original_parameters: of the model before channels were removed from it;
+    default the model's own. Equal arguments give equal weights. Source: NeuSemSlice, arXiv 2407.20281, section 4;
+    method.md 5.
+    Raises PruneError for settings out of range, no held-out images, and what `prune_weights` refuses; ModelError for
+    what `fine_tune` refuses.
 
     >>> found = nss.prune_weights_iteratively(model, nss.load_data("data"), "lamp", tolerance=0.01)
     >>> found.iterations, round(found.cr_masked, 1)
@@ -306,8 +308,7 @@ def prune_weights_iteratively(
             break
         best, best_accuracy = candidate, reached
     done = sum(each.within for each in curve)
-    if done:
-        best = with_network(best, network_of(best), parent=model_digest(model))
+    best = with_network(best, network_of(best), parent=model_digest(model)) if done else copy.deepcopy(model)
     remaining = total - count_masked(best)
     removed = before / count_parameters(best)
     return IterativelyPruned(best, method, done, best_accuracy, base, total / remaining, removed, tuple(curve))

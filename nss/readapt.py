@@ -108,7 +108,8 @@ def readapt(
     Source: NeuSemSlice, arXiv 2407.20281, section 3; the choice of neurons and the guard are method.md 6's.
     Raises ReadaptError when there are no new samples, a label, among old data too, is not known to the model, old data
     and new samples lack a class of an extended model, the profile or the slices are of another model, settings are out
-    of range, weights are computed from others or shared by layers, or the loss is not finite any more.
+    of range, weights are computed from others or shared by layers, or the loss is not finite any more; SiteError when
+    the network, with some neurons frozen, would answer otherwise.
 
     >>> result = nss.readapt(model, slices, drifted, profile=profile)
     >>> result.report.curve[-1].new_accuracy, result.report.trained_share
@@ -118,6 +119,8 @@ def readapt(
     settings = Settings(epochs, batch_size, learning_rate, guard, patience)
     _check(settings, share, replay, distil)
     refuse_unowned(network_of(model), "re-adapting", ReadaptError)
+    if isinstance(model, Classifier) and slices.classes != model.spec.classes:
+        raise ReadaptError("the slices are of other classes", fix="profile and slice this model")
     new, held_out = _new_samples(new_data, slices, seed)
     settings = replace(settings, guard=guard * len(slices.classes) / len(new.labels.unique()))
     affected = _affected(new, slices, categories)
@@ -127,7 +130,7 @@ def readapt(
     shape = tuple(new.images.shape[1:])
     neurons = tunable_neurons(model, slices, new.images, new.labels, share, affected)
     frozen = freeze(model, neurons, shape)
-    keeper = _guard(model, frozen, shape, profile, old_data) if guard else None
+    keeper = _guard(model, frozen, shape, slices.classes, profile, old_data) if guard else None
     course = Course(frozen, new, held_out, judged, memory, keeper, settings, tasks)
     with seeded(seed, device_of(model)):  # dropout
         stopped = course.run(torch.Generator().manual_seed(seed))
@@ -232,7 +235,12 @@ def _memory(model: nn.Module, old: Samples | None, replay: float, distil: float,
 
 
 def _guard(
-    model: nn.Module, frozen: nn.Module, shape: tuple[int, ...], profile: Profile | None, old_data: Data | None
+    model: nn.Module,
+    frozen: nn.Module,
+    shape: tuple[int, ...],
+    classes: Sequence[str],
+    profile: Profile | None,
+    old_data: Data | None,
 ) -> Guard:
     if profile is None and old_data is None:
         raise ReadaptError(
@@ -240,7 +248,14 @@ def _guard(
         )
     if profile is None and old_data is not None:
         profile = gather_profile(
-            model, train_part(old_data), ("avg",), samples_per_class=GUARDED, gram=False, windows=1, input_shape=shape
+            model,
+            train_part(old_data),
+            ("avg",),
+            samples_per_class=GUARDED,
+            gram=False,
+            windows=1,
+            input_shape=shape,
+            classes=classes,
         )
     if profile is None or profile.model != model_digest(model) or not profile.windows:
         raise ReadaptError(

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from nss import operations as ops
 from nss.anatomy import Anatomy, Producer, dissect
+from nss.errors import RestructureError
 from nss.functional import without_inplace
 from nss.merge import output_scale
 from nss.model import Classifier, device_of
@@ -74,6 +75,8 @@ def refit(
     original, smaller: models with the same forward, in evaluation mode. left: {call of a layer: bool [outputs], True =
     still in `smaller`}. images: what models take [n, c, h, w]. No gradient is taken. Layers that are wider than WIDEST,
     or whose kernels are three-dimensional, keep their weights.
+    Raises RestructureError where the weights that are found, or what they are found from, are not finite in the
+    precision of the layer; layers before it are fitted by then.
 
     >>> refit(model, smaller, {"features.0": torch.arange(32) < 16, ..}, images)
     """
@@ -90,7 +93,7 @@ def refit(
         changed = changed or layer.weight.shape != before.weight.shape
         if not changed or not _fits(layer):
             continue
-        moments = _Moments(layer)
+        moments = _Moments(module, layer)
         for producer in producers:
             gather = _Gather(layer, producer, ours, left[producer.name])
             count = max(1, ROWS // max(1, len(images)) // len(producers))
@@ -114,12 +117,12 @@ class _Gather:
         self.node = producer.node.name
         self.source = producer.node.all_input_nodes[0].name
         self.other = _added_to(producer.node, anatomy.graph)
-        self.scale = output_scale(producer, anatomy.graph).to(layer.weight)
+        self.scale = output_scale(producer, anatomy.graph).to(layer.weight.device, _wide(layer.weight.dtype))
 
     def __call__(
         self, probes: tuple[Probe, Probe], batch: Tensor, count: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Return rows of inputs [n, d] and of outputs that are wanted [n, outputs]."""
+        """Return rows of inputs [n, d] and of outputs that are wanted [n, outputs], in float32 at least."""
         extra = [self.other] if self.other else []
         wanted, *theirs = probes[0].values(batch, [self.node, *extra])
         inputs, *ours = probes[1].values(batch, [self.source, *extra])
@@ -129,12 +132,13 @@ class _Gather:
             if their.shape == wanted.shape:
                 lost = self._rows(their)[..., self.left] - self._rows(our)
                 rows = rows + torch.where(self.scale.abs() > 0.1 * self.scale.abs().max(), lost / self.scale, 0)
-        patches = _patches(inputs, self.layer)
         places = torch.randperm(rows.shape[1], generator=generator)[:count]
-        return patches[:, places].flatten(0, 1), rows[:, places].flatten(0, 1)
+        read = _patches(inputs, self.layer, places).flatten(0, 1)
+        return read.to(_wide(read.dtype)), rows[:, places].flatten(0, 1)
 
     def _rows(self, x: Tensor) -> Tensor:
         """Outputs by sample and position. Returns [n, positions, outputs]."""
+        x = x.to(_wide(x.dtype))
         if self.dim == 1 and x.dim() > 2:
             return x.flatten(2).transpose(1, 2)
         return x.reshape(len(x), -1, x.shape[-1])
@@ -155,17 +159,30 @@ def _added_to(node: fx.Node, graph: fx.GraphModule) -> str | None:
     return next((each.name for each in user.all_input_nodes if each is not node), None)
 
 
-def _patches(x: Tensor, layer: Layer) -> Tensor:
-    """What each output position reads. Returns [n, positions, channels x kernel positions]."""
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Half precision is for the network's own work: sums of squares overflow in it, or lose what they are made of."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _patches(x: Tensor, layer: Layer, places: Tensor) -> Tensor:
+    """What the output positions at `places` read, and no others: all of them take gigabytes of large maps.
+
+    places: int64 [places], of the map of the outputs row by row. Returns [n, places, channels x kernel positions].
+    """
     if isinstance(layer, nn.Linear):
-        return x.reshape(len(x), -1, x.shape[-1])
+        return x.reshape(len(x), -1, x.shape[-1])[:, places]
     kernel, stride, dilation = (
         (1,) * (2 - len(each)) + each for each in (layer.kernel_size, layer.stride, layer.dilation)
     )
     padding = layer._reversed_padding_repeated_twice
     x = F.pad(x, padding, "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
     x = x if x.dim() == 4 else x.unsqueeze(2)
-    return F.unfold(x, kernel, dilation, 0, stride).transpose(1, 2)
+    width = x.shape[3]
+    across = (width - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
+    corners = places // across * stride[0] * width + places % across * stride[1]
+    window = torch.arange(kernel[0])[:, None] * dilation[0] * width + torch.arange(kernel[1]) * dilation[1]
+    read = corners[:, None] + window.flatten()
+    return x.flatten(2)[:, :, read.to(x.device)].transpose(1, 2).flatten(2)
 
 
 class _Moments:
@@ -175,8 +192,8 @@ class _Moments:
     Products are taken where the rows are, and added up and solved with on the CPU.
     """
 
-    def __init__(self, layer: Layer) -> None:
-        self.layer, self.groups = layer, int(getattr(layer, "groups", 1))
+    def __init__(self, name: str, layer: Layer) -> None:
+        self.name, self.layer, self.groups = name, layer, int(getattr(layer, "groups", 1))
         self.size, self.outputs = layer.weight[0].numel(), len(layer.weight) // self.groups
         self.count = 0
         self.origin: tuple[Tensor, Tensor] | None = None
@@ -186,7 +203,7 @@ class _Moments:
         self.cross = torch.zeros(self.groups, self.outputs, self.size, dtype=torch.float64)
 
     def add(self, inputs: Tensor, wanted: Tensor) -> None:
-        """inputs: [n, groups x size], wanted: [n, groups x outputs]."""
+        """inputs: [n, groups x size], wanted: [n, groups x outputs]; products are taken in their precision."""
         x = inputs.view(len(inputs), self.groups, self.size).transpose(0, 1)
         y = wanted.reshape(len(wanted), self.groups, self.outputs).transpose(0, 1)
         self.origin = self.origin or (x.mean(1, keepdim=True), y.mean(1, keepdim=True))
@@ -201,6 +218,7 @@ class _Moments:
         """Move the layer's weights to the least squares solution; the ridge pulls towards those it has.
 
         The mean is met by the bias, or else by the norm behind: what it takes for the mean moves along.
+        Raises RestructureError for what is not finite.
         """
         weight = self.layer.weight.detach().cpu().double().reshape(self.groups, self.outputs, self.size)
         mean_in, mean_out, square, cross = self._centred()
@@ -209,14 +227,26 @@ class _Moments:
             cross = cross + mean_out[:, :, None] * mean_in[:, None]
         level = square.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
         inner = square + ridge * level[:, None, None] * torch.eye(self.size, dtype=torch.float64)
+        self._check(inner, cross)
         moved = weight + torch.linalg.solve(inner, (cross - weight @ square).transpose(1, 2)).transpose(1, 2)
         missing = (mean_out - (moved @ mean_in[:, :, None])[..., 0]).flatten()
+        self._check(moved.to(self.layer.weight.dtype), missing.to(self.layer.weight.dtype))
         with torch.no_grad():
             self.layer.weight.copy_(moved.reshape(self.layer.weight.shape))
             if self.layer.bias is not None:
                 self.layer.bias.copy_(missing)
             elif norm is not None and norm.running_mean is not None:
                 norm.running_mean -= missing.to(norm.running_mean)
+
+    def _check(self, *found: Tensor) -> None:
+        if not all(bool(each.isfinite().all()) for each in found):
+            raise RestructureError(
+                f"no finite weights rebuild what the layer {self.name!r} of the original computes",
+                where=f"{self.name}, in {str(self.layer.weight.dtype).removeprefix('torch.')}",
+                allowed="a model whose layers compute finite numbers on the images, and weights that its type can hold",
+                fix="look for weights or images that are not finite; of a model in half precision restructure "
+                "model.float(), with a profile of that",
+            )
 
     def _centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the means of inputs and wanted outputs, and their second moments about them."""

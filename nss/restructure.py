@@ -24,8 +24,10 @@ from nss.model import Classifier
 from nss.plan import RestructurePlan
 from nss.planner import Planner
 from nss.profile import Profile, profile
+from nss.prune_weights import SLACK
 from nss.size import count_macs, count_parameters
 from nss.slice import SemanticSlices
+from nss.steps import trainable
 
 _LOG = logging.getLogger(__name__)
 BUDGETS = ("macs", "params", "latency_ms", "max_accuracy_drop")
@@ -149,7 +151,9 @@ def restructure(
     curve: shares of the multiply-adds at which a refitted model is measured too; those below the cap are left out.
     Source: NeuSemSlice, arXiv 2407.20281, section 4 (keep the critical neurons, remove the rest); merging, refit and
     budgets are ours, docs/restructure.md. Raises RestructureError for none or several budgets, one that cannot be
-    reached (with what can), or slices and a profile of another model.
+    reached (with what can), slices and a profile of another model, or numbers that are not finite; ModelError for what
+    `fine_tune` refuses, before the work begins when no parameter requires a gradient; DataError for an iterator of
+    batches, which can be read only once.
 
     >>> smaller = nss.restructure(model, slices, nss.load_data("data"), macs=0.5)
     >>> [(point.name, point.macs, point.accuracy) for point in smaller.report]
@@ -161,6 +165,8 @@ def restructure(
         raise RestructureError(
             f"{len(budget)} budgets are given", where=", ".join(budget), allowed=" or ".join(BUDGETS)
         )
+    if fine_tune_steps:
+        trainable(model.parameters())
     if profiled is None:
         profiled = profile(model, train_part(data), ("taylor",))
     planner = Planner(model, slices, data, profiled, cap=cap, multiple=multiple)
@@ -220,7 +226,7 @@ def _for_accuracy(planner: Planner, job: _Job, drop: float) -> Restructured:
 
     def good_enough(plan: RestructurePlan) -> bool:
         built[plan.macs] = job.build(plan)
-        return (built[plan.macs].report[-1].accuracy or 0.0) >= floor
+        return (built[plan.macs].report[-1].accuracy or 0.0) >= floor - SLACK
 
     found = _nearest(planner, good_enough, sure=1.0, unsure=planner.least)
     if found is None:

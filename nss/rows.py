@@ -17,13 +17,16 @@ MOST = 0.8
 
 
 class FreeRows(nn.Module):
-    """A layer that holds all its numbers as buffers, and those rows that may move as parameters `weight` and `bias`."""
+    """A layer that holds all its numbers as buffers, and those rows that may move as parameters.
+
+    To the network around it, which may ask for `in_features` or the type of `weight`, it is the layer.
+    """
 
     rows: Tensor
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
+    free_weight: nn.Parameter | None
+    free_bias: nn.Parameter | None
     unmasked: Tensor | None
-    """bool of the shape of `weight`: the others are zero and stay so"""
+    """bool of the shape of `free_weight`: the others are zero and stay so"""
 
     def __init__(self, layer: nn.Module, rows: Tensor) -> None:
         super().__init__()
@@ -33,9 +36,23 @@ class FreeRows(nn.Module):
             held = getattr(layer, name)
             rows = rows if held is None else rows.to(held.device)
             free = nn.Parameter(held[rows].clone()) if held is not None and len(rows) else None
-            self.register_parameter(name, free)
+            self.register_parameter(f"free_{name}", free)
         self.register_buffer("rows", rows)
         self.register_buffer("unmasked", None)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the layer has; of `weight` and `bias` all rows as they are now, without gradients."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("weight", "bias"):
+                return self.whole(name)
+            return getattr(super().__getattr__("layer"), name)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether some rows may move."""
+        return self.free_weight is not None or self.free_bias is not None
 
     def mask(self, unmasked: Tensor) -> None:
         """Let no gradient reach weights that are masked. unmasked: bool of the shape of the layer's weight."""
@@ -43,19 +60,19 @@ class FreeRows(nn.Module):
 
     def whole(self, name: str) -> Tensor | None:
         """Return all rows of `weight` or `bias`, the free ones as they are now; gradients do not pass."""
-        held, free = getattr(self.layer, name), getattr(self, name)
+        held, free = getattr(self.layer, name), getattr(self, f"free_{name}")
         if held is None or free is None:
             return cast("Tensor | None", held)
         return cast(Tensor, held.clone().index_copy_(0, self.rows, free.detach()))
 
     def effective(self) -> tuple[Tensor | None, Tensor | None]:
         """Return weight and bias of the free rows as the forward uses them, with gradients."""
-        return self._masked(), self.bias
+        return self._masked(), self.free_bias
 
     def _masked(self) -> Tensor | None:
-        if self.unmasked is None or self.weight is None:
-            return self.weight
-        return torch.where(self.unmasked, self.weight, 0)
+        if self.unmasked is None or self.free_weight is None:
+            return self.free_weight
+        return torch.where(self.unmasked, self.free_weight, 0)
 
     def settled(self) -> nn.Module:
         """Return the layer with the free rows in their places; they must not be used here afterwards."""
@@ -83,8 +100,12 @@ class FreeNorm(FreeRows):
         own = norm.running_mean is None
         return F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, training=own, eps=norm.eps)
 
+    def effective(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return gain and shift of the free rows, the gain as the weight of one input: what is normed already."""
+        return None if self.free_weight is None else self.free_weight[:, None], self.free_bias
+
     def _spread(self, name: str) -> Tensor | None:
-        held, free = getattr(self.layer, name), getattr(self, name)
+        held, free = getattr(self.layer, name), getattr(self, f"free_{name}")
         return cast("Tensor | None", held if free is None else held.index_copy(0, self.rows, free))
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -97,7 +118,7 @@ class FreeNorm(FreeRows):
         """Return the same of the free rows, with gradients."""
         norm = cast(nn.BatchNorm2d, self.layer)
         mean, var = (cast(Tensor, each)[self.rows] for each in (norm.running_mean, norm.running_var))
-        return _fold(weight, bias, mean, var, norm.eps, self.weight, self.bias)
+        return _fold(weight, bias, mean, var, norm.eps, self.free_weight, self.free_bias)
 
 
 def _fold(
@@ -114,31 +135,47 @@ def _fold(
     return weight * scale.view(-1, *[1] * (weight.dim() - 1)), moved if shift is None else moved + shift
 
 
-class FreeLinear(FreeRows):
-    """A linear layer."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [.., inputs]. Returns [.., outputs]."""
-        args = (x, *self.effective(), self.whole("weight"), self.whole("bias"), self.rows)
-        return cast(Tensor, _LinearRows.apply(*args))
-
-
-class FreeConvolution(FreeRows):
-    """A convolution over one, two or three axes, with groups; a BatchNorm and a ReLU right behind it are part of it."""
+class FreeLayer(FreeRows):
+    """A layer with weights; a BatchNorm right behind it is part of it."""
 
     folded_weight: Tensor
     """all rows with the norm folded in, as they were when frozen"""
     folded_bias: Tensor | None
 
-    def __init__(self, layer: nn.Module, rows: Tensor, norm: FreeNorm | None, rectified: bool) -> None:
+    def __init__(self, layer: nn.Module, rows: Tensor, norm: FreeNorm | None) -> None:
         super().__init__(layer, rows)
-        self.norm, self.rectified = norm, rectified
+        self.norm = norm
         weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
         if norm is not None:
             norm.folded = True
             weight, bias = norm.fold(weight, bias)
         self.register_buffer("folded_weight", weight, persistent=False)
         self.register_buffer("folded_bias", bias, persistent=False)
+
+    def effective(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return weight and bias of the free rows with the norm folded in, with gradients."""
+        weight = self._masked()
+        if self.norm is None or weight is None:
+            return weight, self.free_bias
+        return self.norm.fold_rows(weight, self.free_bias)
+
+
+class FreeLinear(FreeLayer):
+    """A linear layer; a BatchNorm right behind it is part of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [.., inputs]. Returns [.., outputs]."""
+        free, free_bias = self.effective()
+        weight, bias = _with(self.folded_weight, self.rows, free), _with(self.folded_bias, self.rows, free_bias)
+        return cast(Tensor, _LinearRows.apply(x, free, free_bias, weight, bias, self.rows))
+
+
+class FreeConvolution(FreeLayer):
+    """A convolution over one, two or three axes, with groups; a BatchNorm and a ReLU right behind it are part of it."""
+
+    def __init__(self, layer: nn.Module, rows: Tensor, norm: FreeNorm | None, rectified: bool) -> None:
+        super().__init__(layer, rows, norm)
+        self.rectified = rectified
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [n, inputs, ..]. Returns [n, outputs, ..]."""
@@ -152,13 +189,6 @@ class FreeConvolution(FreeRows):
         weight, bias = _with(self.folded_weight, self.rows, free), _with(self.folded_bias, self.rows, free_bias)
         args = (x, free, free_bias, weight, bias, self.rows, used, how, self.rectified)
         return cast(Tensor, _ConvolutionRows.apply(*args))
-
-    def effective(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return weight and bias of the free rows with the norm folded in, with gradients."""
-        weight = self._masked()
-        if self.norm is None or weight is None:
-            return weight, self.bias
-        return self.norm.fold_rows(weight, self.bias)
 
 
 class FoldedActivation(nn.Module):

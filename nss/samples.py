@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ FEWEST = 20
 
 @dataclass(frozen=True)
 class Samples:
-    """Images [n, c, h, w] and labels int64 [n]."""
+    """Images [n, c, h, w], wherever they are, and labels int64 [n] on the CPU."""
 
     images: Tensor
     labels: Tensor
@@ -33,12 +34,15 @@ class Samples:
 
 
 def whole(data: Data) -> Samples:
-    """Return all images of the data; [0] and [0] when there are none."""
+    """Return all images of the data; [0] and [0] when there are none. A pair of tensors is not copied."""
     if isinstance(data, Dataset):
         return Samples(data.images, data.labels)
-    rows = list(iter_batches(data, 1024))
+    # Not the batches of a loader as they are: each holds a file open when another process made it.
+    rows = list(iter_batches(data, sys.maxsize if isinstance(data, tuple) else 1024))
     if not rows:
         return Samples(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    if len(rows) == 1:
+        return Samples(*rows[0])
     return Samples(joined_images([images for images, _ in rows]), torch.cat([labels for _, labels in rows]))
 
 
@@ -85,10 +89,14 @@ def unknown_labels(samples: Sequence[Samples], known: int) -> list[int]:
 
 
 def joined(left: Samples, right: Samples) -> Samples:
-    """Return the samples of both; uint8 images beside floats become floats 0..1, as a model would have read them."""
+    """Return the samples of both, where those of `left` are.
+
+    uint8 images beside floats become floats 0..1, as a model would have read them.
+    """
     if not len(left) or not len(right):
         return left if len(left) else right
-    return Samples(joined_images([left.images, right.images]), torch.cat([left.labels, right.labels]))
+    images = joined_images([left.images, right.images.to(left.images.device)])
+    return Samples(images, torch.cat([left.labels, right.labels]))
 
 
 def drawn(labels: Tensor, share: float, seed: int, least: int = 0) -> Tensor:

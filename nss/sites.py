@@ -137,11 +137,19 @@ def find_sites(network: nn.Module, input_shape: tuple[int, ...]) -> Sites:
         if not bool(mixed[each.out_ids].any())
     )
     if not sites:
-        raise SiteError(
-            f"{type(network).__name__} has no neurons",
-            allowed="at least one convolution or linear layer before the class head",
-        )
+        raise _without_neurons(network)
     return Sites(anatomy, sites)
+
+
+def _without_neurons(network: nn.Module) -> SiteError:
+    synced = [name for name, module in network.named_modules() if isinstance(module, nn.SyncBatchNorm)]
+    names = f"{', '.join(synced[:3])}{' ..' if len(synced) > 3 else ''}"
+    return SiteError(
+        f"{type(network).__name__} has no neurons",
+        where=f"{names}: SyncBatchNorm, whose channels are not followed" if synced else "",
+        allowed="at least one convolution or linear layer before the class head",
+        fix="build the network with BatchNorm2d instead and load the same state_dict" if synced else "",
+    )
 
 
 def _end(node: fx.Node, graph: fx.GraphModule) -> fx.Node:

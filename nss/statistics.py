@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +18,7 @@ def retake_statistics(model: nn.Module, images: Tensor, batch_size: int = 250, *
     images: what the model takes, [n, c, h, w]. Each is the plain average over batches of equal size (the rest that
     does not fill a batch is left out, unless it is all there is). all_images: leave none out; batches are then as few,
     and as equal, as `batch_size` allows. Everything else is as in evaluation: dropout is off. A model without BatchNorm
-    is left as it is.
+    is left as it is, and so is every model that does not take the images: what it raises is raised.
 
     >>> nss.retake_statistics(model, data.split("train").images[:2000])
     """
@@ -27,14 +30,25 @@ def retake_statistics(model: nn.Module, images: Tensor, batch_size: int = 250, *
     size = min(batch_size, len(images))
     whole = images[: len(images) // size * size].split(size)
     batches = images.tensor_split(-(-len(images) // size)) if all_images else whole
-    momenta = [norm.momentum for norm in norms]
+    with evaluating(model), torch.no_grad(), _averaging(norms):
+        for batch in batches:
+            model(batch.to(device_of(model)))
+
+
+@contextmanager
+def _averaging(norms: Sequence[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]) -> Iterator[None]:
+    """Have the norms average anew over the batches of this block; after an error they are as they were."""
+    before = [(norm.momentum, {name: tensor.clone() for name, tensor in norm.named_buffers()}) for norm in norms]
     try:
-        with evaluating(model), torch.no_grad():
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum, norm.training = None, True  # None: the average over all batches
-            for batch in batches:
-                model(batch.to(device_of(model)))
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum, norm.training = None, True  # None: the average over all batches
+        yield
+    except BaseException:
+        for norm, (_, buffers) in zip(norms, before, strict=True):
+            for name, tensor in buffers.items():
+                norm.get_buffer(name).copy_(tensor)
+        raise
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, (momentum, _) in zip(norms, before, strict=True):
             norm.momentum = momentum

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nss.data import Data, train_part
 from nss.errors import ModelError, NssError
+from nss.model import network_of
 from nss.samples import rank_in_class, whole
 from nss.told import within_task
 
@@ -25,19 +26,33 @@ def sgd(
 ) -> tuple[torch.optim.Optimizer, Schedule]:
     """Return SGD with Nesterov momentum 0.9 and a one-cycle schedule over `steps` steps.
 
-    Raises ModelError for settings out of range.
+    Of the parameters it moves those that require a gradient. Raises ModelError when none does, and for settings out of
+    range.
     """
     if steps < 1 or not 0 < learning_rate < float("inf") or not 0 <= weight_decay < float("inf"):
         raise ModelError(
             f"steps {steps}, learning_rate {learning_rate}, weight_decay {weight_decay}",
             allowed="steps from 1, learning_rate above 0, weight_decay from 0",
         )
-    optimizer = torch.optim.SGD(parameters, learning_rate, 0.9, weight_decay=weight_decay, nesterov=True)
+    optimizer = torch.optim.SGD(trainable(parameters), learning_rate, 0.9, weight_decay=weight_decay, nesterov=True)
     # Fewer than four steps leave one phase of the cycle without a step.
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=max(4, steps), cycle_momentum=False
     )
     return optimizer, schedule
+
+
+def trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return those that require a gradient. Raises ModelError when none does."""
+    found = [each for each in parameters if each.requires_grad]
+    if not found:
+        raise ModelError(
+            "no parameter requires a gradient",
+            where="training",
+            allowed="models with at least one that does",
+            fix="model.requires_grad_(True)",
+        )
+    return found
 
 
 def step(
@@ -53,9 +68,10 @@ def step(
 
     soft: logits of a teacher [n, classes]: the loss is then the mean of the cross entropies with the labels and with
     the teacher's probabilities. tasks: of each class, int64 [classes]: answers are then among the classes of the
-    label's own task. Raises ModelError for labels outside the logits and for a loss that is not finite.
+    label's own task. Raises ModelError for answers that are more than logits, labels outside the logits and a loss that
+    is not finite.
     """
-    logits = model(images)
+    logits = _logits(model, images)
     if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
         raise ModelError(f"labels up to {int(labels.max())}", allowed=f"0 to {logits.shape[1] - 1}: one a logit")
     logits = within_task(logits, labels, tasks)
@@ -63,6 +79,19 @@ def step(
     if soft is not None:
         loss = (loss + F.cross_entropy(logits, within_task(soft, labels, tasks).softmax(1))) / 2
     return descend(loss, optimizer, schedule), int((logits.argmax(1) == labels).sum())
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Some networks answer with the logits of auxiliary heads beside their own, in training mode only."""
+    answer = model(images)
+    if not isinstance(answer, Tensor):
+        raise ModelError(
+            f"{type(network_of(model)).__name__} answers a {type(answer).__name__} in training mode",
+            where="training",
+            allowed="one tensor, logits [n, classes]",
+            fix='build it without auxiliary heads: in torchvision with arguments={"aux_logits": False}',
+        )
+    return answer
 
 
 def descend(

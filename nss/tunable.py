@@ -24,7 +24,8 @@ from nss.surgery import Layer
 from nss.told import tasks_apart, within_task
 from nss.weight_masks import release_masks
 
-BATCH = 250
+# Of large images more at once would need more memory than training does.
+BATCH = 50
 # So many samples tell which neurons are pulled hardest: of 1000 they choose 94 to 97 % of the same ones. All of them
 # would cost as much as an epoch of training.
 TELLING = 250

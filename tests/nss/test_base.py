@@ -157,9 +157,11 @@ def test_every_epoch_visits_the_images_in_another_order(networks: ModuleType) ->
 def test_a_loss_that_is_not_finite_any_more_stops_training(networks: ModuleType) -> None:
     images, labels = networks.floats(8, (1, 8, 8)), torch.arange(8) % 2
     images[3] = float("nan")
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
     with pytest.raises(ModelError, match="the loss is not finite any more") as caught:
-        train(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), (images, labels), epochs=1, seed=0, batch_size=8)
+        train(network, (images, labels), epochs=1, seed=0, batch_size=8)
     assert "learning rate" in caught.value.fix
+    assert not network.training
 
 
 @pytest.mark.parametrize(

@@ -255,3 +255,52 @@ def check_same(there: nss.Classifier, here: nss.Classifier, place: torch.device,
     assert {each.device for each in there.state_dict().values()} == {place}
     weights = {name: each.cpu() for name, each in there.state_dict().items()}
     torch.testing.assert_close(weights, dict(here.state_dict()), rtol=1e-3, atol=atol)
+
+
+@pytest.mark.parametrize("place", [MPS, DOUBLE], ids=str)
+def test_images_and_labels_elsewhere_are_restructured_and_readapted_on_as_those_here(
+    model: nss.Classifier,
+    data: Data,
+    profiled: nss.Profile,
+    slices: nss.SemanticSlices,
+    place: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A tensor that only says where it is cannot be detached in inference mode.
+    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)
+
+    def changed(start: nss.Classifier, samples: Data) -> list[nss.Classifier]:
+        smaller = nss.restructure(start, slices, samples, profiled, macs=0.5, fine_tune_steps=2, held_out=samples)
+        tuned = nss.readapt(
+            start, slices, samples, samples, profile=profiled, replay=0.5, distil=0.5, epochs=1, batch_size=16, seed=0
+        )
+        return [smaller.model, tuned.model]
+
+    here = changed(model, data)
+    with Machine(place):
+        images, labels = data
+        there = changed(copy.deepcopy(model).to(place), (images.to(place), labels.to(place)))
+        for found, wanted in zip(there, here, strict=True):
+            check_same(found, wanted, place)
+
+
+@pytest.mark.parametrize("place", [MPS, DOUBLE], ids=str)
+def test_new_samples_elsewhere_are_readapted_on_beside_old_ones_here(
+    model: nss.Classifier,
+    data: Data,
+    profiled: nss.Profile,
+    slices: nss.SemanticSlices,
+    place: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)
+
+    def tuned(start: nss.Classifier, new: Data) -> nss.Classifier:
+        return nss.readapt(
+            start, slices, new, data, profile=profiled, replay=0.5, epochs=1, batch_size=16, seed=0
+        ).model
+
+    here = tuned(model, data)
+    with Machine(place):
+        images, labels = data
+        check_same(tuned(copy.deepcopy(model).to(place), (images.to(place), labels.to(place))), here, place)

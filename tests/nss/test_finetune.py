@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from nss.base import train
 from nss.errors import ModelError
 from nss.finetune import batches, fine_tune
 from nss.model import Classifier, build_model, model_digest
@@ -165,6 +166,17 @@ def test_frozen_weights_stay(networks: ModuleType) -> None:
     fine_tune(model, networks.coloured_data(), 3, 0, batch_size=8)
     assert torch.equal(model.network.conv1.weight, before)
     assert not torch.equal(model.network.fc1.weight, fresh().network.fc1.weight)
+
+
+@pytest.mark.parametrize("verb", ["fine_tune", "train"])
+def test_a_model_without_a_weight_to_train_is_refused_and_left_as_it_is(networks: ModuleType, verb: str) -> None:
+    model = fresh("resnet20").eval().requires_grad_(False)
+    before = model_digest(model)
+    with pytest.raises(ModelError, match="no parameter requires a gradient") as caught:
+        {"fine_tune": fine_tune, "train": train}[verb](model, networks.coloured_data(), 1, 0)
+    assert caught.value.fix == "model.requires_grad_(True)"
+    assert model_digest(model) == before
+    assert not model.training
 
 
 def test_a_network_that_was_cut_is_trained_on(networks: ModuleType) -> None:

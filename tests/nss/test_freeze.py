@@ -166,7 +166,7 @@ def check_gradients(network: nn.Module, free: Masks, images: Tensor, pairs: dict
             for entry in ("weight", "bias"):
                 whole = getattr(plain.get_submodule(name), entry, None) if name else None
                 if whole is not None and bool(mask.any()):
-                    mine = getattr(frozen.get_submodule(str(name)), entry).grad
+                    mine = getattr(frozen.get_submodule(str(name)), f"free_{entry}").grad
                     torch.testing.assert_close(mine, whole.grad[mask], rtol=1e-9, atol=1e-12)
                     compared += 1
     assert compared == len(list(frozen.parameters())) > 0

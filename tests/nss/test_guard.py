@@ -183,3 +183,43 @@ def test_more_old_data_with_the_same_second_moment_is_the_same_guard(networks: M
         disturb(frozen, 0)
         values.append(float(guard().detach()))
     assert values[0] == pytest.approx(values[1])
+
+
+class Normed(nn.Module):
+    """A BatchNorm behind a linear layer, and one before a layer that reads it with a ReLU between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = nn.Linear(3, 5), nn.BatchNorm1d(5)
+        self.before, self.last = nn.BatchNorm1d(5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.norm(self.first(x.flatten(1))))
+        return self.last(torch.relu(self.before(x)))
+
+
+def test_a_norm_behind_a_linear_layer_is_folded_in_and_one_without_a_layer_counts_by_itself(
+    networks: ModuleType,
+) -> None:
+    network, images = Normed(), networks.floats(40, (3, 1, 1))
+    network.norm.momentum = network.before.momentum = None
+    network.train()(images)
+    network.eval()
+    free = {"first": torch.arange(5) != 2}
+    frozen, guard = guarded(network, free, images, 2)
+    assert {".".join(name.split(".")[-2:]) for name, _ in frozen.named_parameters()} == {
+        f"{layer}.free_{entry}" for layer in ("first", "norm", "before") for entry in ("weight", "bias")
+    }
+    assert float(guard().detach()) == 0
+    disturb(frozen, 3)
+    plain = thaw(frozen)
+    with torch.no_grad():
+        x = images.flatten(1)
+        folded_in = (plain.norm(plain.first(x)) - network.norm(network.first(x))).square().mean(0).sum()
+        read = torch.tanh(network.norm(network.first(x)))
+        # With the running variance of a batch, n / (n - 1) of its own, what is normed has a variance a little below 1.
+        by_itself = (plain.before(read) - network.before(read)).square().mean(0).sum()
+    assert float(guard().detach()) == pytest.approx(float(folded_in + by_itself) / 5, rel=0.03)
+    norm = (plain.before.weight - network.before.weight).square() + (plain.before.bias - network.before.bias).square()
+    assert float(guard().detach()) == pytest.approx(float(folded_in + norm.sum()) / 5, rel=1e-4)

@@ -93,6 +93,16 @@ def test_another_model_gets_floats_of_the_shape_that_was_given() -> None:
     assert 0 <= float(model.images[0].min()) < float(model.images[0].max()) <= 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_model_gets_images_of_its_own_precision(dtype: torch.dtype) -> None:
+    model = Spy()
+    model.weight = nn.Parameter(model.weight.to(dtype))
+    model.rows = nn.Parameter(torch.zeros(1, dtype=torch.int8), requires_grad=False)
+    measure_latency(model, (2,), repeats=1, warmup=0, input_shape=(1, 2, 2))
+    assert [seen[0] for seen in model.seen] == [dtype]
+    measure_latency(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).to(dtype), (1,), repeats=1, input_shape=(1, 2, 2))
+
+
 def test_every_module_keeps_its_own_mode() -> None:
     model = Spy().train()
     model.part.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -367,6 +368,14 @@ def test_more_classes_than_the_model_has_logits_are_refused(networks: ModuleType
     labels[3] = 2
     with pytest.raises(ProfileError):
         profile(networks.Plain(), (images, labels), classes=("a", "b", "c"), input_shape=(1, 2, 2))
+
+
+def test_a_norm_by_the_batch_is_refused_since_an_image_has_no_numbers_of_its_own(networks: ModuleType) -> None:
+    data = networks.floats(5, (1, 4, 4)), torch.arange(5) % 2
+    for norm, refused in ((nn.BatchNorm2d, True), (nn.InstanceNorm2d, False)):
+        layers = nn.Conv2d(1, 3, 3), norm(3, track_running_stats=False), nn.Flatten(), nn.Linear(12, 3), nn.ReLU()
+        with pytest.raises(ProfileError, match="the norm '1' keeps no statistics") if refused else nullcontext():
+            profile(nn.Sequential(*layers, nn.Linear(3, 2)), data, classes=("a", "b"), input_shape=(1, 4, 4))
 
 
 def test_no_samples_no_names_no_shape_and_whole_numbers_are_refused(networks: ModuleType) -> None:

@@ -65,7 +65,8 @@ def test_the_drop_is_counted_from_the_reference() -> None:
     network, data = diagonal()
     found = prune_weights_iteratively(network, data, retrain_steps=0, held_out=data, reference=1.02)
     assert (found.iterations, len(found.curve), found.cr_masked, found.accuracy) == (0, 1, 1.0, 1.0)
-    assert found.model is network
+    assert found.model is not network
+    assert model_digest(found.model) == model_digest(network)
 
 
 def test_a_hundred_weights_become_80_then_64_then_51() -> None:
@@ -91,7 +92,19 @@ def test_two_weights_are_too_few_for_a_step() -> None:
     data = torch.ones(2, 1, 1, 1), torch.arange(2)
     found = prune_weights_iteratively(network, data, held_out=data)
     assert (found.iterations, found.curve, found.cr_masked) == (0, (), 1.0)
-    assert found.model is network
+    assert found.model is not network
+    assert model_digest(found.model) == model_digest(network)
+
+
+def test_training_what_came_of_no_iteration_leaves_the_original_alone(networks: ModuleType) -> None:
+    model, data = small_lenet(), networks.coloured_data()
+    before = model_digest(model)
+    found = prune_weights_iteratively(model, data, retrain_steps=0, reference=2.0)
+    assert (found.iterations, model_digest(found.model)) == (0, before)
+    assert isinstance(found.model, Classifier)
+    assert found.model.spec == model.spec
+    fine_tune(found.model, data, 1, 0, batch_size=8)
+    assert model_digest(found.model) != before == model_digest(model)
 
 
 def test_every_iteration_trains_within_its_budget_and_masks_hold(networks: ModuleType) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -171,6 +172,10 @@ def test_old_data_gives_the_guard_and_the_old_accuracy(kit: Kit, data: Dataset) 
     assert model_digest(given.model) == model_digest(kept.model)
     assert given.report.curve[0].old_accuracy == evaluate(model, data.split("val")).accuracy
     assert found.counts.sum() > 0
+    # A plain network, which does not say which classes it knows: the slices do.
+    images, labels = data.split("train").images.float() / 255, data.split("train").labels
+    plain = readapt(model.network, slices, (images[:60], labels[:60]), (images, labels), epochs=1)
+    assert plain.report.curve[0].guard is not None
 
 
 def test_replay_and_distillation_hold_old_behaviour(kit: Kit, data: Dataset) -> None:
@@ -235,6 +240,8 @@ def test_a_guard_needs_the_profile_of_this_model(kit: Kit, data: Dataset, follow
         readapt(model, slices, new)
     with pytest.raises(ReadaptError, match="of another model"):
         readapt(followed.model, slices, new, profile=found)
+    with pytest.raises(ReadaptError, match="the slices are of other classes"):
+        readapt(model, replace(slices, classes=slices.classes[::-1]), new, profile=found)
     without = profile(model, data.split("val"), ("avg",), gram=False)
     with pytest.raises(ReadaptError, match="what windows see"):
         readapt(model, slices, new, profile=without)

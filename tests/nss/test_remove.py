@@ -296,3 +296,27 @@ def test_wrong_neurons_are_refused_and_nothing_is_cut(networks: ModuleType) -> N
     with pytest.raises(SiteError, match="no neuron of 'fc1' is kept"):
         remove(model, {"conv1": torch.arange(16) < 3, "fc1": torch.zeros(120, dtype=torch.bool)})
     assert model_digest(model) == before
+
+
+class Squeezed(nn.Module):
+    """`squeeze` drops the axes of size one, of a single image that of the images too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.hidden, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.adaptive_avg_pool2d(F.relu(self.conv(x)), 1).squeeze()
+        return self.head(F.relu(self.hidden(x)))
+
+
+def test_a_network_that_squeezes_its_maps_loses_channels_and_no_images(networks: ModuleType) -> None:
+    network, images = Squeezed().eval(), networks.floats(16, RGB)
+    masks = {"conv": torch.arange(8) % 3 == 0, "hidden": torch.arange(16) < 8}
+    view, smaller = sliced(network, masks, RGB), remove(network, masks, RGB)
+    assert [(site.name, len(site)) for site in find_sites(network, RGB)] == [("conv", 8), ("hidden", 16)]
+    assert networks.largest_difference(view, smaller, images) < 1e-6
+    assert tuple(view(images[:7]).shape) == (7, 4)
+    hidden = F.relu(network.hidden(F.relu(network.conv(images)).mean((2, 3)) * masks["conv"])) * masks["hidden"]
+    torch.testing.assert_close(smaller(images), network.head(hidden))

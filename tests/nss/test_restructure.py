@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import nss
-from nss.errors import RestructureError
+from nss.errors import ModelError, RestructureError
 from nss.ingest import demo
 
 Layers = dict[str, torch.Tensor]
@@ -116,6 +116,25 @@ def test_the_loss_of_accuracy_on_held_out_images_is_never_above_what_is_allowed(
     assert found.plan.budget == {"max_accuracy_drop": 0.03}
 
 
+def test_a_loss_of_just_what_is_allowed_is_within(
+    monkeypatch: pytest.MonkeyPatch,
+    trained: nss.Classifier,
+    slices: nss.SemanticSlices,
+    digits: nss.Dataset,
+    profiled: nss.Profile,
+) -> None:
+    # 0.8 - 0.1 is 0.7000000000000001: an accuracy of 0.7 must not miss it by that.
+    verb = importlib.import_module("nss.restructure")
+    monkeypatch.setattr(verb, "apply_plan", lambda model, plan, *_, **__: nss.remove(model, plan.neurons()))
+    monkeypatch.setattr(
+        verb, "evaluate", lambda model, _: SimpleNamespace(accuracy=0.8 if model is trained else 0.7, per_class={})
+    )
+    found = nss.restructure(trained, slices, digits, profiled, max_accuracy_drop=0.1)
+    assert [point.accuracy for point in found.report] == [0.8, 0.7]
+    with pytest.raises(RestructureError, match=r"no smaller model stays within 0.09999 of"):
+        nss.restructure(trained, slices, digits, profiled, max_accuracy_drop=0.09999)
+
+
 def test_a_loss_of_accuracy_that_nothing_stays_within_is_refused_with_the_least(
     monkeypatch: pytest.MonkeyPatch,
     trained: nss.Classifier,
@@ -166,6 +185,24 @@ def test_fine_tuning_with_the_original_as_a_teacher_is_reported_as_a_step_of_its
     assert nss.model_digest(again.model) == nss.model_digest(found.model)
     assert json.loads(json.dumps(found.to_dict()))["plan"]["macs_share"] == found.plan.macs_share
     assert original.macs == nss.count_macs(trained)
+
+
+def test_fine_tuning_without_a_weight_to_train_is_refused_before_the_work_begins(
+    monkeypatch: pytest.MonkeyPatch,
+    trained: nss.Classifier,
+    slices: nss.SemanticSlices,
+    digits: nss.Dataset,
+    profiled: nss.Profile,
+) -> None:
+    frozen = copy.deepcopy(trained).requires_grad_(False)
+    smaller = nss.restructure(frozen, slices, digits, profiled, macs=0.5).model
+    assert nss.count_macs(smaller) <= 0.5 * nss.count_macs(trained)
+    verb = importlib.import_module("nss.restructure")
+    monkeypatch.setattr(verb, "profile", None)
+    monkeypatch.setattr(verb, "Planner", None)
+    with pytest.raises(ModelError, match="no parameter requires a gradient") as caught:
+        nss.restructure(frozen, slices, digits, macs=0.5, fine_tune_steps=1)
+    assert caught.value.fix == "model.requires_grad_(True)"
 
 
 def test_fine_tuning_that_loses_accuracy_is_not_kept(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Mapping
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from nss.errors import DataError
 from nss.samples import FEWEST, Samples, drawn, joined, parts, spread, whole
 
 few = settings(max_examples=30, deadline=None)
@@ -68,6 +73,47 @@ def test_any_kind_of_data_becomes_one_pair(networks: ModuleType) -> None:
     assert len(whole([])) == 0
 
 
+def test_a_pair_is_taken_as_it_is_without_a_copy(networks: ModuleType) -> None:
+    images, labels = networks.pictures(3000), torch.arange(3000) % 4
+    samples = whole((images, labels))
+    assert len(samples) == 3000
+    assert (samples.images.data_ptr(), samples.labels.data_ptr()) == (images.data_ptr(), labels.data_ptr())
+
+
+def test_a_generator_is_read_once_and_refused_when_it_was_read_before(networks: ModuleType) -> None:
+    images, labels = networks.pictures(5), torch.arange(5)
+    batches = ((images[rows], labels[rows]) for rows in (slice(0, 2), slice(2, 5)))
+    assert torch.equal(whole(batches).images, images)
+    with pytest.raises(DataError, match=r"was read before[\s\S]*a list of batches, a DataLoader or a Dataset"):
+        whole(batches)
+
+
+class Away(Tensor):
+    """A tensor of another device: none of the CPU can be mixed with it until it is brought there."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        assert all(isinstance(each, Away) for each in given), f"{func} mixes tensors of two devices"
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return found.as_subclass(Tensor) if func is Tensor.cpu else found
+
+
+def test_labels_on_another_device_are_brought_to_the_cpu(networks: ModuleType) -> None:
+    images, labels = networks.pictures(400), torch.arange(400) % 4
+    away = labels.as_subclass(Away)
+    with pytest.raises(AssertionError, match="mixes"):
+        away[labels]
+    for data in ((images, away), [(images[:150], away[:150]), (images[150:], away[150:])]):
+        assert type(whole(data).labels) is Tensor
+        for found, wanted in zip(parts(data, 0), parts((images, labels), 0), strict=True):
+            assert torch.equal(found.images, wanted.images)
+            assert torch.equal(found.labels, wanted.labels)
+
+
 BYTES = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1)
 FLOATS = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)
 
@@ -89,6 +135,15 @@ def test_images_of_one_type_are_joined_as_they_are() -> None:
         assert torch.equal(both.images, torch.cat([images, images]))
         nothing = Samples(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
         assert joined(samples, nothing) is joined(nothing, samples) is samples
+
+
+def test_samples_of_two_devices_are_joined_where_the_first_are() -> None:
+    away = Samples(FLOATS.to("meta"), torch.tensor([1, 2]))
+    for right in (Samples(FLOATS, torch.tensor([3, 4])), Samples(BYTES[:2], torch.tensor([3, 4]))):
+        both = joined(away, right)
+        assert (both.images.device.type, both.images.dtype, both.images.shape) == ("meta", torch.float32, (4, 1, 1, 1))
+        assert both.labels.tolist() == [1, 2, 3, 4]
+        assert joined(right, Samples(FLOATS, away.labels)).images.device.type == "cpu"
 
 
 @given(sizes=st.lists(st.integers(0, 60), min_size=1, max_size=4), count=st.integers(0, 70), seed=st.integers(0, 99))

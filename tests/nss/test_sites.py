@@ -158,6 +158,21 @@ def test_a_network_that_is_only_a_head_has_no_neurons() -> None:
         find_sites(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), (1, 2, 2))
 
 
+def test_norms_over_several_processes_that_leave_no_neuron_are_named_with_a_remedy() -> None:
+    def network(norm: type[nn.Module]) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(1, 3, 3), norm(3), nn.ReLU(), nn.Conv2d(3, 3, 3), norm(3), nn.Flatten(), nn.Linear(12, 2)
+        )
+
+    with pytest.raises(SiteError, match="has no neurons") as caught:
+        find_sites(network(nn.SyncBatchNorm), (1, 6, 6))
+    assert caught.value.where == "1, 4: SyncBatchNorm, whose channels are not followed"
+    assert caught.value.fix == "build the network with BatchNorm2d instead and load the same state_dict"
+    twin = network(nn.BatchNorm2d)
+    twin.load_state_dict(network(nn.SyncBatchNorm).state_dict())
+    assert sizes(twin, (1, 6, 6)) == {"0": 3, "3": 3}
+
+
 @pytest.mark.parametrize(
     ("neurons", "message"),
     [

@@ -145,6 +145,31 @@ def test_taking_them_twice_changes_no_more(networks: ModuleType) -> None:
     assert model_digest(model) == once
 
 
+class Interrupted(nn.Module):
+    """Fails at the second batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls > 1:
+            raise KeyboardInterrupt
+        return x
+
+
+@pytest.mark.parametrize("images_fit", [False, True], ids=["before the norms", "after a whole batch"])
+def test_statistics_come_back_after_an_error(networks: ModuleType, images_fit: bool) -> None:
+    network = nn.Sequential(networks.randomise(Two(), 1), Interrupted())
+    network[0].bn1.num_batches_tracked.fill_(7)
+    buffer, before = network[0].bn1.running_mean, model_digest(network)
+    with pytest.raises(KeyboardInterrupt if images_fit else RuntimeError):
+        retake_statistics(network, networks.floats(20, RGB if images_fit else (2, 6, 6)), 10)
+    assert model_digest(network) == before
+    assert network[0].bn1.running_mean is buffer
+
+
 def test_momenta_and_modes_come_back_after_an_error_too(networks: ModuleType) -> None:
     network = Two()
     modes = [module.training for module in network.modules()]

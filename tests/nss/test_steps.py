@@ -50,6 +50,38 @@ def test_a_teacher_is_half_of_the_loss() -> None:
     assert loss == pytest.approx((hard + taught) / 6)
 
 
+def test_only_what_requires_a_gradient_is_optimised() -> None:
+    layer = linear()
+    layer.bias.requires_grad_(False)
+    optimizer, _ = sgd(layer.parameters(), 1, 0.1, 0.0)
+    assert [id(each) for group in optimizer.param_groups for each in group["params"]] == [id(layer.weight)]
+    for nothing in (layer.requires_grad_(False), nn.ReLU()):
+        with pytest.raises(ModelError, match="no parameter requires a gradient"):
+            sgd(nothing.parameters(), 1, 0.1, 0.0)
+
+
+class Auxiliary(nn.Module):
+    """Answers with further logits in training mode, as GoogLeNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main = linear()
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        logits = self.main(x)
+        return (logits, logits) if self.training else logits
+
+
+def test_a_network_that_answers_more_than_logits_in_training_is_refused_before_anything_moves() -> None:
+    network = Auxiliary()
+    with pytest.raises(ModelError, match="Auxiliary answers a tuple in training mode") as caught:
+        step(network, IMAGES, LABELS, *sgd(network.parameters(), 10, 0.1, 0.0))
+    assert caught.value.allowed == "one tensor, logits [n, classes]"
+    assert 'arguments={"aux_logits": False}' in caught.value.fix
+    assert torch.equal(network.main.weight, linear().weight)
+    step(network.eval(), IMAGES, LABELS, *sgd(network.parameters(), 10, 0.1, 0.0))
+
+
 @pytest.mark.parametrize("labels", [[0, 1, 2], [0, -1, 1]])
 def test_labels_without_a_logit_are_refused_before_anything_moves(labels: list[int]) -> None:
     layer = linear()
