@@ -9,6 +9,9 @@ from nss.data import Data, iter_batches
 from nss.errors import ModelError
 from nss.model import device_of, evaluating
 
+# Products and differences of shares miss numbers that they should meet by rounding alone.
+SLACK = 1e-9
+
 
 def predict(model: nn.Module, data: Data, batch_size: int = 500) -> tuple[Tensor, Tensor]:
     """Run the model over the data in evaluation mode. Returns logits [n, classes] and labels int64 [n], on the CPU.

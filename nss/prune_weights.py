@@ -22,15 +22,13 @@ from nss.errors import PruneError
 from nss.finetune import fine_tune
 from nss.model import model_digest, network_of, with_network
 from nss.operations import LAYERS
-from nss.predict import accuracy
+from nss.predict import SLACK, accuracy
 from nss.size import count_parameters
 from nss.weight_masks import apply_masks, count_masked, count_prunable, refuse_unowned, weight_masks
 
 _LOG = logging.getLogger(__name__)
 LAST_SHARE = 0.2
 """of the last layer's weights that Uniform+ keeps at least"""
-# Products and differences of shares miss numbers that they should meet by rounding alone.
-SLACK = 1e-9
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from nss.latency import LATENCY_BATCH, measured_latency
 from nss.model import Classifier
 from nss.plan import RestructurePlan
 from nss.planner import Planner
+from nss.predict import SLACK
 from nss.profile import Profile, profile
-from nss.prune_weights import SLACK
 from nss.size import count_macs, count_parameters
 from nss.slice import SemanticSlices
 from nss.steps import trainable
