@@ -24,6 +24,7 @@ from tasks.workspace import Workspace
 NEW, FIRST = (0, 6), 1200
 STRENGTH = 2
 SETTINGS = {
+    "slice.n_slices": 4,
     "triage.budgets.macs": 2_200_000,
     "register.promote": "auto",
     "readapt.guard": 10.0,

@@ -14,6 +14,7 @@ from nss.errors import DataError, NssError, first_line
 from tasks.workspace import Workspace, find_workspace, with_packages
 
 if TYPE_CHECKING:
+    from nss.data import Dataset
     from tasks.params import BaseParams, Params
 
 # What is imported, and the name that it is installed by.
@@ -107,8 +108,11 @@ def _params(workspace: Workspace) -> str:
 
     params = load_params(workspace.params)
     _require_devices(params)
+    data = _readable(workspace)
     if _trains(workspace):
-        _require_network(with_packages(workspace, params.base.packages), params.base)
+        _require_network(with_packages(workspace, params.base.packages), params.base, data)
+    if data is not None:
+        _require_slices(params.slice.n_slices, len(data.classes))
     return ", ".join(type(params).model_fields)
 
 
@@ -148,21 +152,37 @@ def _trains(workspace: Workspace) -> bool:
         return False
 
 
-def _require_network(workspace: Workspace, base: BaseParams) -> None:
-    """Raise what is wrong with the network that the stage base would train, as far as a look can tell."""
+def _readable(workspace: Workspace) -> Dataset | None:
     from nss.data import load_data
+
+    try:
+        return load_data(workspace.data, verify=False)
+    except DataError:
+        # The check of the data says why.
+        return None
+
+
+def _require_network(workspace: Workspace, base: BaseParams, data: Dataset | None) -> None:
+    """Raise what is wrong with the network that the stage base would train, as far as a look can tell."""
+    from nss.base import require_logits
     from nss.model import build_model, find_factory
     from nss.sites import find_sites
 
-    try:
-        data = load_data(workspace.data, verify=False)
-    except DataError:
-        # Which images it would get is not known: the check of the data says why.
+    if data is None:
+        # Which images it would get is not known.
         find_factory(base.factory, workspace.packages)
         return
     shape, allow = data.image_shape, workspace.packages
     model = build_model(base.factory, data.classes, shape, base.seed, arguments=base.arguments, allow=allow)
     find_sites(model.network, shape)
+    require_logits(model)
+
+
+def _require_slices(asked: int | None, classes: int) -> None:
+    """Raise when there would be more slices than classes: the stage slice says so only when base has trained."""
+    if asked is not None and asked > classes:
+        fix = f"set it to null, or to 1 to {classes}, in params.yaml"
+        raise NssError(f"slice.n_slices is {asked}, the data has {classes} classes", where="params.yaml", fix=fix)
 
 
 def _data(workspace: Workspace) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 from flows.deployment import Deployment, has_server, is_going
 from nss.errors import NssError
 from nss.files import read_json
-from tasks.champion import read_champion
+from tasks.champion import is_about_the_champion, read_champion
 from tasks.inbox import Inbox, printable
 from tasks.lock import is_held
-from tasks.provenance import data_md5, workspace_id
+from tasks.provenance import data_md5, judged_data_md5, workspace_id
 from tasks.registry import store_errors
 from tasks.store_address import told, tracking_uri
 from tasks.tracking import open_tracker
@@ -71,14 +71,25 @@ def _last_cycle(workspace: Workspace) -> dict[str, Any] | None:
 
 
 def _verdict(workspace: Workspace, champion: str) -> dict[str, Any] | None:
-    """Return verdict, the candidate that is promoted, and whether it waits: it is not the champion, by its digest."""
+    """Return verdict, the candidate that is promoted, whether it waits, and whether it is about what is there now.
+
+    It waits when it is not the champion, by its digest, and can become it.
+    """
     path = workspace.out("gate") / "gate.json"
     if not path.is_file():
         return None
     decision = read_json(path)
     verb = decision["promoted"]
-    waits = verb is not None and decision["candidates"][verb]["model"] != champion
-    return {"verdict": decision["verdict"], "promoted": verb, "waits": waits}
+    current = _is_of_now(workspace)
+    waits = current and verb is not None and decision["candidates"][verb]["model"] != champion
+    return {"verdict": decision["verdict"], "promoted": verb, "waits": waits, "is_current": current}
+
+
+def _is_of_now(workspace: Workspace) -> bool:
+    """Say whether the gate judged the data that is there and the pinned champion; settings and code take longer."""
+    now, judged = data_md5(workspace), judged_data_md5(workspace)
+    made = (workspace.out("base") / "champion.json").is_file()
+    return now == judged and made and is_about_the_champion(workspace)
 
 
 def _server(workspace: Workspace, name: str) -> dict[str, Any]:
@@ -130,6 +141,8 @@ def _cycle_words(cycle: dict[str, Any], md5: str) -> str:
 
 def _verdict_words(verdict: dict[str, Any]) -> str:
     what: str = verdict["verdict"] + (f" of {verdict['promoted']}" if verdict["promoted"] else "")
+    if not verdict["is_current"]:
+        return f"{what}, of other data or another champion: `nss run` judges anew"
     return what + ("; it waits, `nss promote` makes it the champion" if verdict["waits"] else "")
 
 

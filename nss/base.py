@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from nss.data import Data, val_part
-from nss.errors import ModelError
-from nss.model import device_of, seeded
+from nss.errors import ModelError, first_line
+from nss.model import Classifier, device_of, evaluating, seeded
 from nss.predict import accuracy
 from nss.steps import Schedule, sgd, step, training_images
 
+# Two, so that an answer without an axis of images is told from one with it.
+_BLANKS = 2
 _LOG = logging.getLogger(__name__)
 
 
@@ -68,6 +70,39 @@ def train(
     finally:
         model.eval()
     return history
+
+
+def require_logits(model: Classifier) -> None:
+    """Raise ModelError unless the model, in evaluation mode, answers images with one logit a class.
+
+    Training goes well with more logits than classes, and what compares them with the labels comes long after it.
+
+    >>> require_logits(build_model("nss.zoo:lenet", classes=["a", "b"], input_shape=(1, 28, 28), seed=0))
+    """
+    count = len(model.spec.classes)
+    answer = _answer_to_blanks(model)
+    fix = "give its last layer `num_classes` outputs; where the factory names them otherwise, set them in `arguments`"
+    if isinstance(answer, Tensor):
+        if tuple(answer.shape) == (_BLANKS, count):
+            return
+        what = f"the network answers {list(answer.shape)}, the data has {count} classes"
+    else:
+        what, fix = f"the network answers a {type(answer).__name__}", "return the logits alone from its forward"
+    allowed = f"one tensor, {[_BLANKS, count]} for {_BLANKS} images: one logit a class"
+    raise ModelError(what, where=model.spec.factory, allowed=allowed, fix=fix)
+
+
+def _answer_to_blanks(model: Classifier) -> object:
+    shape = model.spec.input_shape
+    try:
+        with evaluating(model), torch.no_grad():
+            return model(torch.zeros(_BLANKS, *shape, dtype=torch.uint8, device=device_of(model)))
+    except Exception as problem:
+        raise ModelError(
+            f"the network does not take a {shape} image: {first_line(problem)}",
+            where=model.spec.factory,
+            fix="name a network that does, or add the images in its size (nss data add --resize)",
+        ) from problem
 
 
 def _epoch(

@@ -77,7 +77,8 @@ def critical_neurons(
         raise SliceError(f"the threshold is {threshold}", where="threshold", allowed="above 0, at most 1")
     empty = [name for name, count in zip(profile.classes, profile.counts.tolist(), strict=True) if not count]
     if empty:
-        raise SliceError(f"no sample of {', '.join(empty)} was profiled", fix="profile with samples of every category")
+        fix = "add images to train on of each to the data, then train and profile again"
+        raise SliceError(f"no sample of {', '.join(empty)} was profiled", fix=fix)
     return CriticalNeurons(profile.classes, RULES[rule](profile, metric, threshold), metric, rule, threshold)
 
 

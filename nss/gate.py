@@ -259,7 +259,9 @@ def _benefit(candidate: Candidate, given: Mapping[str, Comparison], settings: Ga
     tried = ", ".join(
         f"{each.overall.difference:+.3f} on {where} (p {each.overall.p_value:.2g})" for where, each in given.items()
     )
-    return _reason("benefit", Verdict.HOLD, f"not significantly better ({tried}), not smaller, no new classes")
+    # Of classes without a held-out image nobody knows whether they were learned.
+    text = f"not significantly better ({tried}), not smaller, no new classes with held-out images"
+    return _reason("benefit", Verdict.HOLD, text)
 
 
 def _saves(candidate: Candidate, settings: GateSettings) -> bool:

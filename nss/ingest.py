@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -162,7 +163,7 @@ def _plan(current: Dataset | None, source: Source, name: str, options: Options) 
     classes, problems = merge_classes(current, source, options)
     blocks, misfits = fit_blocks(source.blocks, shape, options.resize)
     keys = [_keys(block.images) for block in blocks]
-    problems += [*source.problems, *misfits, *conflicts(blocks, keys, source.classes)]
+    problems += [*source.problems, *misfits, *conflicts(blocks, keys, source.classes), *_untrained(current, source)]
     if problems or not blocks:
         _refuse(name, problems or ["it holds no image"])
     known = _known(current)
@@ -173,6 +174,23 @@ def _plan(current: Dataset | None, source: Source, name: str, options: Options) 
     seen = [known.get(key) for block_keys in keys for key in block_keys]
     changed = [was is not None and was[1] != label for was, label in zip(seen, batch.labels.tolist(), strict=True)]
     return _Plan(batch, data, added, len(seen) - seen.count(None), sum(changed))
+
+
+def _untrained(current: Dataset | None, source: Source) -> list[str]:
+    """Name the new classes of which the source itself holds out every image: no stage could learn them."""
+    if source.problems:
+        # What could not be read may be what there is to train on.
+        return []
+    counts: dict[bool, Counter[int]] = {True: Counter(), False: Counter()}
+    for block in source.blocks:
+        counts[bool(block.held_out)].update(block.labels.tolist())
+    known = current.classes if current else ()
+    hint = "check the names of the class folders, or the labels, in train and test"
+    return [
+        f"class {source.classes[label]!r} has no training image ({count} in test): {hint}"
+        for label, count in sorted(counts[True].items())
+        if label not in counts[False] and source.classes[label] not in known
+    ]
 
 
 def _pack(own: Sequence[str], classes: Sequence[str], blocks: Sequence[Block], splits: Sequence[int]) -> Batch:

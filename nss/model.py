@@ -174,12 +174,7 @@ def find_factory(factory: str, allow: Sequence[str] = ()) -> Any:
     except (TypeError, ValueError):
         raise ModelError("this is no factory", where=factory, allowed="a Python function or class") from None
     except (ImportError, AttributeError) as problem:
-        raise ModelError(
-            f"the factory does not exist: {problem}",
-            where=factory,
-            allowed="package.module:callable",
-            fix=_hidden(problem),
-        ) from None
+        raise _missing(factory, module, problem) from None
     # A trusted module also holds what it imports for itself, for example what downloads and unpickles a file.
     if not _is_of(_home(call), trusted):
         raise ModelError(
@@ -191,9 +186,18 @@ def find_factory(factory: str, allow: Sequence[str] = ()) -> Any:
     return call
 
 
-def _hidden(problem: Exception) -> str:
+def _missing(factory: str, module: str, error: Exception) -> ModelError:
+    """Tell a factory that is not there from one whose module imports something that is not there."""
+    name = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+    if name and not _is_of(module, [name]):
+        fix = _hidden(name) or f"pip install {name}, or put it beside params.yaml if it is yours"
+        return ModelError(f"{module} imports {name}, which is not installed", where=factory, fix=fix)
+    fix = _hidden(name) or f"put {name} beside params.yaml, or install its package" if name else ""
+    return ModelError(f"the factory does not exist: {error}", where=factory, allowed="package.module:callable", fix=fix)
+
+
+def _hidden(name: str) -> str:
     """Return what to do about a module that is missing because another package has its name; else an empty text."""
-    name = problem.name or "" if isinstance(problem, ModuleNotFoundError) else ""
     package, _, rest = name.partition(".")
     found = sys.modules.get(package) if rest else None
     place = next(iter(getattr(found, "__path__", None) or [getattr(found, "__file__", None)]))

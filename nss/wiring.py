@@ -210,6 +210,7 @@ def refuse_unfit(anatomy: Anatomy) -> None:
         raise ExtendError(
             "this network cannot be extended: " + "; ".join(reasons),
             allowed="layers whose neurons can be added and removed one by one",
+            fix="change what is named in the network: flatten maps by x.flatten(1), for example, not by a number",
         )
 
 

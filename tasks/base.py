@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
-from nss.base import Epoch, train
+from nss.base import Epoch, require_logits, train
 from nss.data import Dataset, load_data
 from nss.files import replacing, write_json
 from nss.model import Classifier, build_model, on_device, save_model
@@ -46,13 +46,13 @@ def untrained(
     """Return the network that the settings describe, for the classes and images of `data`.
 
     normalisation: mean and standard deviation of each channel, by default those of the training split. Raises
-    ModelError for what `build_model` refuses.
+    ModelError for what `build_model` refuses, and when the network does not answer with one logit a class.
 
     >>> untrained(params.base, load_data("data")).spec.factory  # doctest: +SKIP
     'nss.zoo:vgg_small'
     """
     mean, std = normalisation or data.split("train").pixel_statistics()
-    return build_model(
+    model = build_model(
         params.factory,
         data.classes,
         data.image_shape,
@@ -62,6 +62,8 @@ def untrained(
         arguments=params.arguments,
         allow=params.packages,
     )
+    require_logits(model)
+    return model
 
 
 def _trained(params: BaseParams, data: Dataset) -> tuple[Classifier, list[Epoch]]:

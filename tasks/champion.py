@@ -54,6 +54,13 @@ def read_champion(workspace: Workspace) -> Champion | None:
     return Champion(content["name"], content["version"], content["model"], tuple(content["batches"]))
 
 
+def is_about_the_champion(workspace: Workspace) -> bool:
+    """Say whether the stages worked on the champion that is pinned now."""
+    pin = read_champion(workspace)
+    judged = read_json(workspace.out("base") / "champion.json", StageError)
+    return bool(judged == (pin and {"name": pin.name, "version": pin.version}))
+
+
 def _is_pin(content: Any) -> bool:
     if not isinstance(content, dict) or set(content) != set(_KEYS):
         return False

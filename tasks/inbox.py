@@ -140,15 +140,15 @@ def _put_away(entry: Path, done: Added | DataError) -> tuple[Path | None, str]:
     try:
         if isinstance(done, Added):
             return _move(entry, entry.parent / DONE, f"{datetime.now():%Y%m%d-%H%M%S}-{entry.name}"), ""
-        fix = [f"fix: {done.fix}"] if not done.problems and done.fix else []
-        text = "\n".join([*_problems(done), *fix])
+        text = "\n".join(_problems(done))
         return _move(entry, entry.parent / REJECTED, entry.name, f"{text}\n"), ""
     except OSError as problem:
         return None, problem.strerror or str(problem)
 
 
 def _problems(error: DataError) -> tuple[str, ...]:
-    return error.problems or (error.what,)
+    remedy = {"allowed": error.allowed, "fix": error.fix}
+    return error.problems or (error.what, *(f"{name}: {text}" for name, text in remedy.items() if text))
 
 
 def _move(entry: Path, folder: Path, name: str, problems: str = "") -> Path:

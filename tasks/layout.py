@@ -53,15 +53,25 @@ _IGNORED = (
     "mlflow/artifacts/",
     "mlflow/ledger.jsonl*",
 )
-# What suits the digits of nss's own repository only.
-_BUDGETS = tuple(f"triage.budgets.{name}" for name in ("parameters", "macs", "bytes", "latency_ms"))
+# What suits the digits of nss's own repository only: data of fewer classes than it has slices cannot be sliced.
+_DIGITS_ONLY = (
+    *(f"triage.budgets.{name}" for name in ("parameters", "macs", "bytes", "latency_ms")),
+    "slice.n_slices",
+)
 # Of a line of params.yaml: none is broken.
 _WIDE = 4096
 _DVC_CONFIG = "[core]\n    analytics = false\n    autostage = false\n"
 _DVC_IGNORED = ("__pycache__", "*.pyc")
 _FILES = (".dvc/config", ".dvcignore", ".gitignore", "champion.json", "dvc.yaml", CODE, "params.yaml")
-# What DVC refuses to work with where git ignores it.
-_TRACKED = (".dvc/config", "dvc.yaml", "dvc.lock", "data.dvc", "champion.dvc")
+# What DVC refuses to work with where git ignores it, and what a clone needs.
+_TRACKED = (
+    *(".dvc/config", "dvc.yaml", "dvc.lock", "data.dvc", "champion.dvc"),
+    *("champion.json", CODE, "params.yaml"),
+)
+# Folders that hold nss's own files, and what tells them from somebody else's of that name.
+_OWN_FOLDERS = {"data": "dataset.json", "champion": "model.json"}
+_FOLDERS = (".dvc", "inbox", *_OWN_FOLDERS)
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,8 @@ def lay_out(root: Path, name: str = "") -> LaidOut:
     .gitignore or .dvcignore that is there gets the lines that it lacks.
 
     Raises StageError, with nothing changed, when the name is not allowed, `root` is a workspace already, is no folder,
-    cannot be written or has ignore files that nss cannot work with, or git is not installed.
+    cannot be written, holds a data/ or champion/ that is not nss's or has ignore files that nss cannot work with, or
+    git is not installed.
 
     >>> lay_out(Path("cats"), "cats").files  # doctest: +SKIP
     ('.dvc/config', '.dvcignore', '.gitignore', 'champion.json', 'dvc.yaml', 'nss-code.yaml', 'params.yaml')
@@ -120,20 +131,40 @@ def _is_name(name: str) -> bool:
 
 def _require_free(root: Path) -> None:
     there = [each for each in ("dvc.yaml", "params.yaml", "champion.json", CODE) if (root / each).exists()]
+    there += [f"a file {each}" for each in _FOLDERS if (root / each).is_file()]
     if there:
         raise StageError(
             f"the folder holds {', '.join(there)} already",
             where=str(root),
             fix="choose another folder, or move them away: nothing is overwritten",
         )
+    for name, mark in _OWN_FOLDERS.items():
+        _require_own(root / name, mark)
+
+
+def _require_own(folder: Path, mark: str) -> None:
+    """Refuse a folder of the user's that has the name of one of nss's: git would ignore it, and nss not read it."""
+    held = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
+    if held and mark not in held:
+        # DVC versions no folder of whose files git still knows.
+        move = "git mv" if _run_git(folder.parent, "ls-files", folder.name).stdout else "mv"
+        other, add = ("photos", " and `nss data add photos`") if folder.name == "data" else ("my-champion", "")
+        raise StageError(
+            f"{folder.name}/ holds {', '.join(held[:_NAMED])}{', ...' if held[_NAMED:] else ''}",
+            where=str(folder),
+            allowed=f"nothing, or what nss keeps there, with a file {mark}",
+            fix=f"give it another name: `{move} {folder.name} {other}`, then `nss init`{add}",
+        )
 
 
 @contextmanager
 def _whole_or_nothing(root: Path) -> Iterator[None]:
     """Take back what the block has written below `root`, and `root` if it is new, when the block fails."""
-    places = [*reversed(root.parents), root, *(root / name for name in (".git", ".dvc", "inbox", *_FILES))]
+    # DVC stages what it writes: git's index is put back too.
+    changed = [root / ".gitignore", root / ".dvcignore", *_index(root)]
+    places = [*reversed(root.parents), root, *(root / name for name in (".git", ".dvc", "inbox", *_FILES)), *changed]
     new = [place for place in places if not place.exists()]
-    kept = {place: place.read_bytes() for place in (root / ".gitignore", root / ".dvcignore") if place.is_file()}
+    kept = {place: place.read_bytes() for place in changed if place.is_file()}
     try:
         yield
     except BaseException:
@@ -145,6 +176,13 @@ def _whole_or_nothing(root: Path) -> Iterator[None]:
         raise
 
 
+def _index(root: Path) -> list[Path]:
+    """Return git's list of what it tracks, where the folder lies in a repository."""
+    there = next(each for each in (root, *root.parents) if each.is_dir())
+    found = _run_git(there, "rev-parse", "--git-path", "index")
+    return [] if found.returncode else [there / found.stdout.rstrip("\n")]
+
+
 def _write_all(root: Path, name: str) -> bool:
     """Write the files of a workspace. Returns whether git had to be told to version the folder."""
     root.mkdir(parents=True, exist_ok=True)
@@ -153,7 +191,7 @@ def _write_all(root: Path, name: str) -> bool:
     is_new = _version(root)
     template = _template()
     _write(root / "params.yaml", (template / "params.yaml").read_text(encoding="utf-8"))
-    set_params(root / "params.yaml", {**dict.fromkeys(_BUDGETS), "register.name": name})
+    set_params(root / "params.yaml", {**dict.fromkeys(_DIGITS_ONLY), "register.name": name})
     _write(root / CODE, _CODE_HEADER + _yaml(code_digests(Workspace(root))))
     _add_lines(root / ".gitignore", _IGNORED)
     _add_lines(root / ".dvcignore", _DVC_IGNORED)

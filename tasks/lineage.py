@@ -76,7 +76,11 @@ def lineage(registry: Registry, version: Version) -> list[Ancestor]:
     while parent := version.tags.get("nss.parent"):
         name, _, number = version.tags.get("nss.parent_version", "").rpartition("/")
         if not name:
-            return [*found, _of_run(registry.tracker, parent, version.tags.get("nss.base_run", ""))]
+            # Registered later than what was made of it, perhaps.
+            later = registry.having("nss.model", parent)
+            if not later:
+                return [*found, _of_run(registry.tracker, parent, version.tags.get("nss.base_run", ""))]
+            name, number = later[0].name, str(later[0].number)
         above = Registry(registry.tracker, name).by_number(int(number))
         if above is None or (above.name, above.number) in seen:
             return [*found, Ancestor(name, int(number), parent, "", "", "", "", False, "", "", "")]

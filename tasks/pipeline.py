@@ -40,9 +40,14 @@ OWNER = "NSS_STAGE_OWNER"
 """Environment variable of a stage that says which process began it, see `tasks.processes.process_id`."""
 
 _LINE_BYTES = 1000
-# What nss versions without a stage, and what there is instead of bringing it from a remote.
+# What nss versions without a stage, and what there is instead of bringing it from a remote. No batch is added while
+# data.dvc names others: it would be the whole of the next version.
 _POINTERS = {
-    "data.dvc": ("a data set", ", or `nss data demo` for the digits"),
+    "data.dvc": (
+        "a data set",
+        ", or `nss data demo` for the digits; without a remote remove data.dvc, then `nss data add` all batches again "
+        "in their old order: it is the same version when `git status` does not name data.dvc",
+    ),
     "champion.dvc": ("a model", ""),
 }
 
@@ -182,7 +187,7 @@ class Pipeline:
             raise StageError(
                 f"DVC's cache is damaged: {', '.join(damaged)} has not the hash that {pointer} names",
                 where=str(self.workspace.root / pointer),
-                fix=f"`dvc pull {pointer}` where there is a remote, or make it again: `nss data add`, `nss data demo`",
+                fix=f"bring it with `dvc pull {pointer}`{_POINTERS[pointer][1]}",
             )
 
     def _check_out(self, repo: Repo, pointer: str) -> None:

@@ -83,6 +83,16 @@ def data_md5(workspace: Workspace) -> str:
         return _UNKNOWN
 
 
+def judged_data_md5(workspace: Workspace) -> str:
+    """Return the hash of the data set that the candidates were last judged on, by dvc.lock; 'unknown' without one."""
+    try:
+        content = YAML(typ="safe").load((workspace.root / "dvc.lock").read_text(encoding="utf-8"))
+        deps = content["stages"]["evaluate"]["deps"]
+        return str(next(each["md5"] for each in deps if each["path"] == "data"))
+    except (YAMLError, OSError, UnicodeDecodeError, KeyError, TypeError, StopIteration):
+        return _UNKNOWN
+
+
 def _git_tags(root: Path) -> dict[str, str]:
     commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
     if not commit:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from nss.errors import StageError
 from nss.files import read_json, text_digest
 from tasks import journal
-from tasks.champion import read_champion
+from tasks.champion import is_about_the_champion, read_champion
 from tasks.commits import CYCLE, commit
 from tasks.ledger import append, locked, read_ledger
 from tasks.params import Params
@@ -121,13 +121,6 @@ def register(workspace: Workspace, params: Params, tracker: Tracker, cycle_run_i
             return move_to(workspace, params, tracker, gate, version, cycle_run_id=cycle_run_id)
         Registry(tracker, version.name).set_alias(CANDIDATE, version.number)
         return Registered(gate.verdict, "candidate", gate.promoted, version, warnings=tuple(warnings))
-
-
-def is_about_the_champion(workspace: Workspace) -> bool:
-    """Say whether the stages worked on the champion that is pinned now."""
-    pin = read_champion(workspace)
-    judged = read_json(workspace.out("base") / "champion.json", StageError)
-    return bool(judged == (pin and {"name": pin.name, "version": pin.version}))
 
 
 def add_version(workspace: Workspace, params: Params, tracker: Tracker, gate: Gate, verb: str) -> Version:

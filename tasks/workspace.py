@@ -68,7 +68,7 @@ def find_workspace(start: Path | None = None) -> Workspace:
     raise NssError(
         "no workspace: neither this folder nor one above it holds dvc.yaml",
         where=str(here),
-        fix="change into the repository",
+        fix="change into the repository, or lay a workspace out with `nss init`",
     )
 
 

@@ -40,6 +40,16 @@ class Deep(Net):
         return super().forward(x[:, :, :1, :1])
 
 
+class Fixed(Net):
+    def __init__(self, input_shape: tuple[int, int, int], outputs: int = 10) -> None:
+        super().__init__(outputs, input_shape)
+
+
+class Wrapped(Net):
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+
 number = 3
 """
 
@@ -48,7 +58,7 @@ number = 3
 def workspace(tmp_path: Path, pets: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """A workspace with images of cats and dogs and a module own_net, which nothing else has imported."""
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
-    set_params(tmp_path / "params.yaml", {"base.arguments": {}, "base.packages": ["own_net"]})
+    set_params(tmp_path / "params.yaml", {"base.arguments": {}, "base.packages": ["own_net"], "slice.n_slices": None})
     (tmp_path / "own_net.py").write_text(NET)
     write_json(tmp_path / "champion.json", {"version": None})
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -78,6 +88,8 @@ def test_a_network_that_can_be_made_and_read_is_no_fault(workspace: Workspace, f
         ("other_net:Net", "the factory is not from an allowed package", "add its package to base.packages"),
         ("own_net:Deciding", "the forward of Deciding cannot be traced: ", "replace `if`/`for` on tensors"),
         ("own_net:Deep", "the network does not take a (1, 4, 4) image: ", ""),
+        ("own_net:Fixed", "the network answers [2, 10], the data has 2 classes", "give its last layer `num_classes`"),
+        ("own_net:Wrapped", "the network answers a dict", "return the logits alone from its forward"),
     ],
 )
 def test_what_is_wrong_with_the_network_is_said_before_a_stage_does(
@@ -93,7 +105,28 @@ def test_what_is_wrong_with_the_network_is_said_before_a_stage_does(
 def test_a_module_that_is_not_there_is_named(workspace: Workspace) -> None:
     (workspace.root / "own_net.py").unlink()
     found = "the factory does not exist: No module named 'own_net'"
-    assert look(workspace, "own_net:Net") == Finding("parameters", False, found)
+    fix = "put own_net beside params.yaml, or install its package"
+    assert look(workspace, "own_net:Net") == Finding("parameters", False, found, fix)
+
+
+def test_what_the_module_imports_in_vain_is_told_from_the_module(workspace: Workspace) -> None:
+    (workspace.root / "own_net.py").write_text(f"import no_such_layers\n{NET}")
+    found = "own_net imports no_such_layers, which is not installed"
+    fix = "pip install no_such_layers, or put it beside params.yaml if it is yours"
+    assert look(workspace, "own_net:Net") == Finding("parameters", False, found, fix)
+
+
+def test_outputs_that_arguments_set_right_are_no_fault(workspace: Workspace) -> None:
+    set_params(workspace.params, {"base.arguments": {"outputs": 2}})
+    assert look(workspace, "own_net:Fixed") == Finding("parameters", True, GROUPS)
+
+
+@pytest.mark.parametrize(("asked", "ok"), [(1, True), (2, True), (3, False)])
+def test_more_slices_than_classes_are_said(workspace: Workspace, asked: int, ok: bool) -> None:
+    set_params(workspace.params, {"slice.n_slices": asked})
+    found = GROUPS if ok else "slice.n_slices is 3, the data has 2 classes"
+    fix = "" if ok else "set it to null, or to 1 to 2, in params.yaml"
+    assert look(workspace, "nss.zoo:lenet") == Finding("parameters", ok, found, fix)
 
 
 @pytest.mark.parametrize(

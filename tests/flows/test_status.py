@@ -44,10 +44,14 @@ def judge(workspace: Workspace, promoted: str | None) -> None:
     candidates = {"base": {"model": "aaaa"}, "restructure": {"model": "bbbb"}}
     decision = {"verdict": "PROMOTE" if promoted else "HOLD", "promoted": promoted, "candidates": candidates}
     write_json(workspace.out("gate") / "gate.json", decision)
+    deps = "[{path: artifacts/base/model, md5: 5}, {path: data, md5: 1234.dir}]"
+    (workspace.root / "dvc.lock").write_text(f"stages: {{evaluate: {{deps: {deps}}}}}\n")
+    write_json(workspace.out("base") / "champion.json", None)
 
 
-def pin(workspace: Workspace, model: str) -> None:
+def pin(workspace: Workspace, model: str, judged: int = 3) -> None:
     write_json(workspace.pin, {"name": "digits", "version": 3, "model": model, "batches": ["cccc"]})
+    write_json(workspace.out("base") / "champion.json", {"name": "digits", "version": judged})
 
 
 def test_before_the_first_cycle_there_is_no_champion_and_no_verdict(workspace: Workspace) -> None:
@@ -91,6 +95,22 @@ def test_a_candidate_that_is_promoted_waits_until_it_is_the_champion(
         pin(workspace, champion)
     content = look(workspace)
     assert content["verdict"]["waits"] is waits
+    assert line in module.text(content).splitlines()
+
+
+@pytest.mark.parametrize("what", ["other data", "another champion", "no dvc.lock", "no base"])
+def test_what_promote_would_refuse_does_not_wait(workspace: Workspace, what: str) -> None:
+    judge(workspace, "restructure")
+    pin(workspace, "aaaa", judged=2 if what == "another champion" else 3)
+    if what == "other data":
+        (workspace.root / "data.dvc").write_text("outs:\n- md5: 5678.dir\n  path: data\n")
+    if what == "no dvc.lock":
+        (workspace.root / "dvc.lock").unlink()
+    if what == "no base":
+        (workspace.out("base") / "champion.json").unlink()
+    content = look(workspace)
+    assert (content["verdict"]["waits"], content["verdict"]["is_current"]) == (False, False)
+    line = "verdict     PROMOTE of restructure, of other data or another champion: `nss run` judges anew"
     assert line in module.text(content).splitlines()
 
 

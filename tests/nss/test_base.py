@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nss.base import Epoch, train
+from nss.base import Epoch, require_logits, train
 from nss.data import Dataset
 from nss.errors import ModelError, NssError
 from nss.model import Classifier, build_model, model_digest
@@ -199,3 +199,42 @@ def test_labels_that_the_model_has_no_logit_for_are_refused(networks: ModuleType
 
 def test_an_epoch_is_plain_numbers() -> None:
     assert Epoch(1, 0.5, 0.75, 1.0) == Epoch(epoch=1, loss=0.5, train_accuracy=0.75, val_accuracy=1.0)
+
+
+class Answering(nn.Module):
+    """Answers `outputs` numbers an image, as they are or wrapped."""
+
+    def __init__(self, outputs: int, kind: type = Tensor) -> None:
+        super().__init__()
+        self.head, self.norm, self.kind = nn.Linear(64, outputs), nn.BatchNorm1d(outputs), kind
+
+    def forward(self, images: Tensor) -> object:
+        logits = self.norm(self.head(images.flatten(1)))
+        if self.kind is Tensor:
+            return logits
+        return {"logits": logits} if self.kind is dict else (logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("network", "what", "fix"),
+    [
+        (Answering(10), r"the network answers \[2, 10\], the data has 2 classes", "last layer `num_classes` outputs"),
+        (Answering(1), r"the network answers \[2, 1\], the data has 2 classes", "last layer `num_classes` outputs"),
+        (Answering(2, dict), "the network answers a dict", "return the logits alone"),
+        (Answering(2, tuple), "the network answers a tuple", "return the logits alone"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(63, 2)), r"the network does not take a \(1, 8, 8\) image", "--resize"),
+    ],
+)
+def test_a_network_that_does_not_answer_one_logit_a_class_is_refused(network: nn.Module, what: str, fix: str) -> None:
+    model = Classifier(network, fresh().spec)
+    with pytest.raises(ModelError, match=what) as caught:
+        require_logits(model)
+    assert (caught.value.where, fix in caught.value.fix) == ("nss.zoo:lenet", True)
+
+
+def test_looking_at_the_answer_of_a_network_leaves_it_as_it_was() -> None:
+    model = Classifier(Answering(2), fresh().spec)
+    before = model_digest(model)
+    require_logits(model)
+    assert model_digest(model) == before
+    assert all(module.training for module in model.modules())

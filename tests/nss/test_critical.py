@@ -151,8 +151,9 @@ def test_one_image_of_a_category_is_enough_for_taylor_but_not_for_the_variance(n
 
 
 def test_a_category_without_images_is_named() -> None:
-    with pytest.raises(SliceError, match="no sample of b, c was profiled"):
+    with pytest.raises(SliceError, match="no sample of b, c was profiled") as caught:
         critical_neurons(profile_of([[1], [0], [0]], counts=[3, 0, 0]), "taylor", rule="cumulative")
+    assert "add images to train on" in caught.value.fix
 
 
 @pytest.mark.parametrize("threshold", [0, -0.1, 1.1, float("nan")])

@@ -197,6 +197,39 @@ def test_a_folder_with_train_and_test_keeps_that_split(tmp_path: Path, make_fold
     assert load_data(tmp_path / "data").classes == ("cat", "dog")
 
 
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_new_class_that_its_source_holds_out_whole_is_refused(
+    tmp_path: Path, pets: Path, make_folder: Make, snapshot: Make, is_new: bool
+) -> None:
+    make_folder(tmp_path / "in" / "train", ("cat", "dog"), 4, seed=1000)
+    make_folder(tmp_path / "in" / "test", ("Cat", "dog"), 3, seed=2000)
+    root = tmp_path / "other" if is_new else pets
+    before = snapshot(root) if root.exists() else {}
+    with pytest.raises(DataError) as caught:
+        add_batch(root, tmp_path / "in", new_classes=True)
+    hint = "check the names of the class folders, or the labels, in train and test"
+    assert caught.value.problems == (f"class 'Cat' has no training image (3 in test): {hint}",)
+    assert (snapshot(root) if root.exists() else {}) == before
+
+
+def test_a_label_that_only_the_test_arrays_have_is_refused_in_a_new_data_set_only(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="class 'cow' has no training image"):
+        add_batch(tmp_path / "data", own_split(tmp_path, [0, 1, 3], [2, 4]))
+    add_batch(tmp_path / "data", save_npz(tmp_path / "first.npz", **coded(range(30))))
+    assert add_batch(tmp_path / "data", own_split(tmp_path, [0, 1, 3], [2, 4])).images == 5
+
+
+def test_images_of_a_new_class_may_all_be_for_training_or_be_held_out_by_their_content(
+    tmp_path: Path, pets: Path, make_folder: Make
+) -> None:
+    make_folder(tmp_path / "in" / "train", ("cow", "dog"), 4, seed=1000)
+    make_folder(tmp_path / "in" / "test", ("dog",), 3, seed=2000)
+    assert add_batch(pets, tmp_path / "in", new_classes=True).new_classes == ("cow",)
+    held_out = next(code for code in range(2, 300, 3) if share_oracle(small(code).tobytes()) == "test")
+    added = add_batch(tmp_path / "other", save_npz(tmp_path / "few.npz", **coded([0, 1, held_out])))
+    assert added.new_classes == tuple(NAMES)
+
+
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
 def test_without_test_what_is_for_validation_is_held_out(tmp_path: Path, make_folder: Make, name: str) -> None:
     make_folder(tmp_path / "in" / "train", each=20)

@@ -290,7 +290,16 @@ def test_what_hides_a_package_that_a_factory_is_looked_for_in_is_named(
 def test_a_package_that_is_not_there_hides_nothing() -> None:
     with pytest.raises(ModelError, match="the factory does not exist") as error:
         build_model("no_such_package.nets:Net", ("a", "b"), (1, 8, 8), 0, allow=["no_such_package"])
-    assert error.value.fix == ""
+    assert error.value.fix == "put no_such_package beside params.yaml, or install its package"
+
+
+def test_what_a_factorys_module_imports_in_vain_is_told_from_the_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "importing_nets.py").write_text("import no_such_layers\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModelError, match=r"importing_nets imports no_such_(.|\n)*fix: pip install no_such_layers"):
+        build_model("importing_nets:Net", ("a", "b"), (1, 8, 8), 0, allow=["importing_nets"])
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,12 @@ def test_a_parent_that_is_gone_ends_the_lineage_by_name(two) -> None:
     assert (gone.name, gone.version, gone.model, gone.created) == ("digits", 1, second and gone.model, "")
 
 
+def test_a_parent_that_was_registered_later_is_found_by_its_model(two) -> None:
+    two.tracker.client.delete_model_version_tag("digits", "2", "nss.parent_version")
+    two.registry.tag(2, "nss.parent", two.registry.by_number(1).model)
+    assert [each.version for each in lineage(two.registry, two.registry.by_number(2))] == [2, 1, None]
+
+
 def test_parents_in_a_circle_end(two) -> None:
     two.registry.tag(1, "nss.parent_version", "digits/2")
     assert [each.version for each in lineage(two.registry, two.registry.by_number(2))] == [2, 1, 2]

@@ -201,6 +201,24 @@ def test_where_there_is_no_git_nothing_is_written(workspace: Workspace, tmp_path
     assert not workspace.data.exists()
 
 
+def test_images_that_are_gone_for_good_come_back_as_the_same_version_by_what_the_refusal_says(
+    filled: Workspace, tmp_path: Path
+) -> None:
+    sources = [tmp_path / "first.npz", images(tmp_path / "more.npz", 1)]
+    add(filled, str(sources[1]))
+    before = versioned(filled)
+    shutil.rmtree(filled.data)
+    shutil.rmtree(filled.root / ".dvc" / "cache")
+    with pytest.raises(DataError) as caught:
+        add(filled, str(sources[0]))
+    assert "without a remote remove data.dvc, then `nss data add` all batches again" in caught.value.fix
+    assert versioned(filled) == {"data.dvc": before["data.dvc"]}
+    (filled.root / "data.dvc").unlink()
+    for source in sources:
+        add(filled, str(source))
+    assert versioned(filled) == before
+
+
 def test_the_digits_twice_are_one_version(workspace: Workspace) -> None:
     first = add_demo(workspace)
     before = versioned(workspace)

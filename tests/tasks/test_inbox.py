@@ -98,7 +98,9 @@ def test_what_is_no_source_at_all_is_put_aside_and_says_why(workspace: Workspace
     assert taken.data_md5 == md5
     assert {path: path.read_bytes() for path in workspace.data.rglob("*") if path.is_file()} == before
     text = (entry.parent / ".rejected" / f"{name}.problems.txt").read_text()
-    assert "fix: " in text
+    assert text.splitlines() == list(taken.refused[0].problems)
+    assert "\nfix: " in text
+    assert ("\nallowed: " in text) is (name == "notes.txt")
 
 
 def test_two_refused_entries_of_one_name_are_both_kept(workspace: Workspace) -> None:
@@ -246,7 +248,11 @@ def test_a_link_that_leads_nowhere_is_put_aside(workspace: Workspace) -> None:
     for _ in range(2):
         entry.is_symlink() or entry.symlink_to("nowhere.npz")
         (refused,) = take(workspace, [entry]).refused
-        assert refused.problems == ("the source does not exist",)
+        assert refused.problems == (
+            "the source does not exist",
+            "allowed: a folder of class folders, an .npz, a folder of idx files, fashion-mnist, or torchvision:NAME",
+            "fix: name one of these",
+        )
     assert look(box) == []
     assert names(entry.parent / ".rejected")[:2] == ["a.npz", "a.npz-2"]
 

@@ -6,16 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from dvc.exceptions import InitError
+from PIL import Image
 from ruamel.yaml import YAML
 
-from nss.errors import StageError
+from nss.errors import NssError, StageError
 from tasks import layout
+from tasks.data import add
 from tasks.layout import CODE, code_digests, lay_out, refresh_code, set_params
 from tasks.params import load_params
 from tasks.pipeline import Pipeline
-from tasks.workspace import Workspace, with_packages
+from tasks.workspace import Workspace, find_workspace, with_packages
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {".dvc/config", ".dvcignore", ".gitignore", "champion.json", "dvc.yaml", CODE, "params.yaml"}
@@ -49,13 +52,23 @@ def test_a_new_folder_becomes_a_repository_whose_stages_dvc_reads(tmp_path: Path
         assert (stage["cmd"], stage["outs"]) == (own[verb]["cmd"], own[verb]["outs"])
 
 
+def test_where_there_is_no_workspace_it_is_said_how_to_lay_one_out(tmp_path: Path) -> None:
+    with pytest.raises(NssError, match="no workspace") as caught:
+        find_workspace(tmp_path)
+    assert caught.value.fix == "change into the repository, or lay a workspace out with `nss init`"
+    assert find_workspace(lay_out(tmp_path).workspace.root / "inbox").root == tmp_path
+
+
 def test_the_settings_are_those_of_the_repository_but_for_what_suits_the_digits(tmp_path: Path) -> None:
     made = lay_out(tmp_path / "cats", "cats")
     ours, theirs = load_params(ROOT / "params.yaml").model_dump(), load_params(made.workspace.params).model_dump()
     assert theirs["register"].pop("name") == "cats"
     assert set(theirs["triage"].pop("budgets").values()) == {None}
+    # Two classes cannot be four slices.
+    assert theirs["slice"].pop("n_slices") is None
     ours["register"].pop("name")
     ours["triage"].pop("budgets")
+    ours["slice"].pop("n_slices")
     assert theirs == ours
     # The comments say what is allowed: they come along.
     comments = [line for line in (ROOT / "params.yaml").read_text().splitlines() if "#" in line]
@@ -104,6 +117,54 @@ def test_nothing_is_overwritten(tmp_path: Path, name: str) -> None:
     with pytest.raises(StageError, match=f"the folder holds {name} already"):
         lay_out(tmp_path, "cats")
     assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["inbox", ".dvc", "data", "champion"])
+def test_a_file_with_the_name_of_a_folder_of_the_workspace_is_named_and_nothing_changes(
+    tmp_path: Path, name: str
+) -> None:
+    git(tmp_path, "init", "-q")
+    (tmp_path / name).write_text("mine\n")
+    before = everything(tmp_path)
+    with pytest.raises(StageError, match=f"the folder holds a file {name} already"):
+        lay_out(tmp_path, "cats")
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("is_tracked", [False, True])
+def test_photos_in_data_are_to_get_another_name_first_and_can_then_be_added(tmp_path: Path, is_tracked: bool) -> None:
+    git(tmp_path, "init", "-q")
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 8, 8), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        photo = tmp_path / "data" / ("cat", "dog")[number % 2] / f"{number}.png"
+        photo.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(photo)
+    if is_tracked:
+        git(tmp_path, "add", "-A")
+    before = everything(tmp_path)
+    with pytest.raises(StageError, match="data/ holds cat, dog") as caught:
+        lay_out(tmp_path, "cats")
+    assert everything(tmp_path) == before
+    move = "git mv data photos" if is_tracked else "mv data photos"
+    assert caught.value.fix == f"give it another name: `{move}`, then `nss init` and `nss data add photos`"
+    subprocess.run(move.split(), cwd=tmp_path, check=True)
+    assert add(lay_out(tmp_path, "cats").workspace, str(tmp_path / "photos")).images == 20
+
+
+def test_of_what_is_in_a_folder_that_is_in_the_way_a_few_names_are_said(tmp_path: Path) -> None:
+    for name in "dacb":
+        (tmp_path / "champion" / name).mkdir(parents=True)
+    with pytest.raises(StageError, match=r"champion/ holds a, b, c, \.\.\.") as caught:
+        lay_out(tmp_path, "cats")
+    assert caught.value.fix == "give it another name: `mv champion my-champion`, then `nss init`"
+
+
+@pytest.mark.parametrize(("folder", "mark"), [("data", "dataset.json"), ("champion", "model.json")])
+def test_a_folder_that_nss_itself_wrote_is_kept(tmp_path: Path, folder: str, mark: str) -> None:
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / mark).write_text("{}")
+    assert Pipeline(lay_out(tmp_path, "cats").workspace).stages()
+    assert (tmp_path / folder / mark).read_text() == "{}"
 
 
 def test_other_code_is_another_digest_for_the_stages_that_run_it(tmp_path: Path, monkeypatch) -> None:
@@ -262,11 +323,12 @@ def test_an_ignore_file_that_is_not_utf8_is_named_and_nothing_changes(tmp_path: 
         (".dvc/", ".dvc/config"),
         ("*.lock", "dvc.lock"),
         ("data*", "data.dvc"),
-        ("*.yaml", "dvc.yaml"),
+        ("*.yaml", "dvc.yaml, nss-code.yaml, params.yaml"),
+        ("*.json", "champion.json"),
     ],
 )
 @pytest.mark.parametrize("is_repository", [False, True])
-def test_what_dvc_needs_and_git_ignores_is_named_and_nothing_changes(
+def test_what_dvc_or_a_clone_needs_and_git_ignores_is_named_and_nothing_changes(
     tmp_path: Path, line: str, ignored: str, is_repository: bool
 ) -> None:
     if is_repository:
@@ -301,6 +363,23 @@ def test_a_disk_that_is_full_at_the_last_file_leaves_nothing_behind(tmp_path: Pa
         lay_out(tmp_path / "new" / "cats", "cats")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".git", "models"]
     assert everything(tmp_path / "models") == {".gitignore": b"secrets"}
+
+
+@pytest.mark.parametrize("is_staged", [False, True])
+def test_what_fails_late_leaves_gits_index_as_it_was(tmp_path: Path, monkeypatch, is_staged: bool) -> None:
+    def full(path: Path, *_: object) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    git(tmp_path, "init", "-q")
+    if is_staged:
+        (tmp_path / "mine.txt").write_text("mine\n")
+        git(tmp_path, "add", "mine.txt")
+    before = git(tmp_path, "status", "--short")
+    monkeypatch.setattr(layout, "write_json", full)
+    with pytest.raises(StageError, match="No space left on device"):
+        lay_out(tmp_path / "models", "cats")
+    assert git(tmp_path, "status", "--short") == before
+    assert (tmp_path / ".git" / "index").exists() == is_staged
 
 
 def test_what_dvc_refuses_is_said_in_one_line_and_nothing_is_left(tmp_path: Path, monkeypatch) -> None:

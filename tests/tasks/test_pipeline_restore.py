@@ -13,6 +13,11 @@ from nss.errors import StageError
 from tasks.pipeline import Pipeline
 from tasks.workspace import Workspace
 
+WITHOUT_A_REMOTE = (
+    ", or `nss data demo` for the digits; without a remote remove data.dvc, then `nss data add` all batches again in "
+    "their old order: it is the same version when `git status` does not name data.dvc"
+)
+
 
 def cached_files(toy: Workspace) -> list[Path]:
     return [path for path in (toy.root / ".dvc" / "cache" / "files").rglob("*") if path.is_file()]
@@ -22,7 +27,7 @@ def cached_files(toy: Workspace) -> list[Path]:
 @pytest.mark.parametrize(
     ("name", "says", "fix"),
     [
-        ("data", "data.dvc names a data set", "`dvc pull data.dvc`, or `nss data demo` for the digits"),
+        ("data", "data.dvc names a data set", f"`dvc pull data.dvc`{WITHOUT_A_REMOTE}"),
         ("champion", "champion.dvc names a model", "`dvc pull champion.dvc`"),
     ],
 )
@@ -43,6 +48,23 @@ def test_a_clone_without_the_files_is_told_to_pull_them(
     assert caught.value.what == f"{says} whose files are not here"
     assert (caught.value.where, caught.value.fix) == (str(folder), f"bring them with {fix}")
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(("name", "instead"), [("data", WITHOUT_A_REMOTE), ("champion", "")])
+def test_where_the_cache_is_damaged_the_same_way_out_is_said(toy: Workspace, name: str, instead: str) -> None:
+    pipeline, folder = Pipeline(toy), toy.root / name
+    folder.mkdir()
+    (folder / "x").write_text("content of x")
+    pipeline.add(folder)
+    shutil.rmtree(folder)
+    for path in cached_files(toy):
+        if path.read_text() == "content of x":
+            path.chmod(0o644)
+            path.write_text("content of y")
+            path.chmod(0o444)
+    with pytest.raises(StageError, match="DVC's cache is damaged") as caught:
+        pipeline.restore(f"{name}.dvc")
+    assert caught.value.fix == f"bring it with `dvc pull {name}.dvc`{instead}"
 
 
 def test_a_checkout_that_fails_for_another_reason_is_not_blamed_on_missing_files(
