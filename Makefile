@@ -25,7 +25,7 @@ demo: .venv/.installed ## install, then three cycles in a workspace of their own
 test: lint ## install, lint, run all tests but the soak tests; nss must be covered to 90 %
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TWO) --no-loadscope-reorder -m "not soak" --cov=nss --cov-report=term --cov-fail-under=90
 
-soak: .venv/.installed-dev ## run the repeated kills and long races
+soak: .venv/.installed-dev ## run the repeated kills, long races and whole stories
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TWO) -m soak
 
 lint: .venv/.installed-dev ## check style, types and the direction of imports

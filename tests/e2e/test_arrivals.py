@@ -42,6 +42,7 @@ def test_without_a_new_batch_the_stage_says_so_in_seconds(copy) -> None:
     assert copy.run("dvc", "status").out.strip() == "Data and pipelines are up to date."
 
 
+@pytest.mark.soak
 def test_a_drifted_batch_is_followed_and_old_accuracy_holds(copy, tmp_path: Path, monkeypatch) -> None:
     pin(copy.root)
     copy.run("dvc", "add", "champion")

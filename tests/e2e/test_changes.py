@@ -6,6 +6,8 @@ import shutil
 import signal
 from pathlib import Path
 
+import pytest
+
 STAGES = ["base", "profile", "slice", "triage", "restructure", "readapt", "extend", "evaluate", "gate"]
 CACHED = dict.fromkeys(STAGES, "cached")
 # Triage does not read slices, nor does the gate as long as the candidates are what they were.
@@ -49,6 +51,7 @@ def test_an_edit_of_the_slice_module_runs_slice_and_what_follows_again(copy) -> 
     assert {run.info.status for run in copy.runs()} == {"FINISHED"}
 
 
+@pytest.mark.soak
 def test_another_threshold_by_exp_run_runs_slice_and_what_follows_and_the_old_one_restores_them(copy) -> None:
     text = copy.run("dvc", "exp", "run", "--name", "lower", "-S", "slice.threshold=0.9").out
     ran = [stage for stage in STAGES if f"Running stage '{stage}'" in text]
@@ -98,6 +101,7 @@ def test_a_failing_stage_ends_with_its_message_and_failed_runs(copy) -> None:
     assert failed == {"cycle", "stage"}
 
 
+@pytest.mark.soak
 def test_one_works_and_others_are_told_who_and_a_stopped_run_is_resumed(copy, wait_for) -> None:
     copy.edit("tasks/evaluate.py", EVALUATE, WAIT + EVALUATE)
     process = copy.start("nss", "run")
@@ -121,6 +125,7 @@ def test_one_works_and_others_are_told_who_and_a_stopped_run_is_resumed(copy, wa
     assert copy.client.get_run(killed.info.run_id).info.status == "FINISHED"
 
 
+@pytest.mark.soak
 def test_a_run_is_made_up_for_when_the_tracking_server_was_away(copy) -> None:
     copy.edit("nss/slice.py", "FORMAT = 1\n", "FORMAT = 1\n\n")
     before = len(copy.runs())

@@ -40,6 +40,7 @@ def cluster(copy, tmp_path: Path, wait_for) -> Iterator[str]:
             process.wait()
 
 
+@pytest.mark.soak
 def test_slices_from_a_dask_cluster_are_those_from_one_process(copy, cluster: str) -> None:
     one = (copy.root / "artifacts" / "slice" / "slices.json").read_bytes()
     yaml = YAML()

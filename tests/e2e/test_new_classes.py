@@ -44,6 +44,7 @@ def champion_of(data: Dataset, root: Path, folder: Path) -> Classifier:
     return model
 
 
+@pytest.mark.soak
 def test_new_digits_are_learned_and_the_old_logits_stay_bit_for_bit(copy, tmp_path: Path, monkeypatch) -> None:
     old = forget(copy.root, tmp_path / "new.npz")
     champion = champion_of(old, copy.root, tmp_path / "champion")
