@@ -33,6 +33,7 @@ from bench.kept import add_subjects
 from nss.data import Data
 from nss.evaluate import evaluate
 from nss.model import Classifier, model_digest
+from nss.predict import SLACK
 from nss.prune_weights import SCHEMES, prune_weights_iteratively
 from nss.restructure import restructure
 from nss.size import count_parameters
@@ -145,7 +146,7 @@ def _at_same_rate(rows: Sequence[Row]) -> list[Row]:
 
 def _is_within(stop: Row) -> bool:
     # Both are shares of so many images, rounded when they are kept.
-    return bool(stop["val_accuracy"] >= stop["val_original"] - TOLERANCE - 1e-9)
+    return bool(stop["val_accuracy"] >= stop["val_original"] - TOLERANCE - SLACK)
 
 
 @dataclass
