@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from bench.readapt_peers import LAYERS, NORMS, modularize, train_mode
 from nss.anatomy import dissect
-from nss.model import Classifier, evaluating, factory_network, with_network
+from nss.contexts import evaluating
+from nss.factories import factory_network
+from nss.model import Classifier, with_network
 from nss.samples import Samples, drawn
 from nss.size import count_parameters
 from nss.steps import sgd

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from nss.model import Classifier, evaluating, model_digest, with_network
+from nss.contexts import evaluating
+from nss.model import Classifier, model_digest, with_network
 from nss.size import count_macs
 from nss.statistics import retake_statistics
 

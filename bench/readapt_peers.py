@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nss.contexts import evaluating
 from nss.finetune import batches
-from nss.model import evaluating, network_of
+from nss.model import network_of
 from nss.predict import accuracy
 from nss.samples import Samples
 from nss.size import count_parameters

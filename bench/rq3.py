@@ -52,6 +52,7 @@ from bench.readapt_points import (
 )
 from bench.step_time import BATCH as STEP_BATCH
 from bench.step_time import REPEATS, step_times
+from nss.guard import DAMPING
 from nss.model import model_digest
 from nss.tunable import TELLING
 
@@ -65,7 +66,7 @@ WHOLE = Grid(
     rates={
         **dict.fromkeys(_TRAINED, (0.00075, 0.0015, 0.003, 0.006)),
         "batchnorm": (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1),
-        OURS: (0.0075, 0.015),
+        OURS: (0.001, 0.002),
     },
     guards=(0.0, 0.3, 1.0, 3.0),
     statistics=_EITHER,
@@ -77,9 +78,9 @@ SMALL = Grid(
     rates={
         **dict.fromkeys(_TRAINED, (0.002, 0.005)),
         "batchnorm": (0.01, 0.02, 0.05, 0.1),
-        OURS: (0.0075, 0.015),
+        OURS: (0.0005, 0.002),
     },
-    guards=(0.3, 1.0),
+    guards=(1.0, 3.0),
     statistics=_EITHER,
     held_out=500,
     test=1000,
@@ -87,7 +88,7 @@ SMALL = Grid(
 # For a look: each method once, baselines with fixed statistics where other weights are trained.
 TINY = replace(
     SMALL,
-    rates={**dict.fromkeys(_TRAINED, (0.004,)), "batchnorm": (0.05,), OURS: (0.015,)},
+    rates={**dict.fromkeys(_TRAINED, (0.004,)), "batchnorm": (0.05,), OURS: (0.002,)},
     guards=(1.0,),
     statistics={**dict.fromkeys(_TRAINED, (False,)), "batchnorm": (True,)},
 )
@@ -122,13 +123,13 @@ PROTOCOL = {
     "the main case) for every method, no early stop; no old image is trained on",
     "settings": f"full, last, deeparc: rates {WHOLE.rates[FULL]}, outside the main case {SMALL.rates[FULL]}, each with "
     "the statistics of the BatchNorms that they train fixed and moving; batchnorm: rates "
-    f"{WHOLE.rates['batchnorm']}, {SMALL.rates['batchnorm']}; nss: rates {WHOLE.rates[OURS]} with the guards "
-    f"{WHOLE.guards}, {SMALL.guards}",
+    f"{WHOLE.rates['batchnorm']}, {SMALL.rates['batchnorm']}; nss: rates {WHOLE.rates[OURS]}, {SMALL.rates[OURS]}, "
+    f"in spreads of what a neuron computes, with the guards {WHOLE.guards}, {SMALL.guards}",
     "baselines": f"full; last: the last {LAST} layers; batchnorm: scale, shift and statistics; deeparc: modules of "
     f"neighbours with a CKA above {THRESHOLD}, lowered until there are at most half as many modules as layers, the "
     "first layers of the modules trained",
-    "nss": f"share {SHARE}, neurons chosen by {TELLING} of the samples; the guard is made from a profile of the first "
-    f"{PER_CLASS} training images of each category, not counted in its seconds",
+    "nss": f"share {SHARE}, neurons chosen by {TELLING} of the samples; choice, steps and guard live from a profile of "
+    f"the first {PER_CLASS} training images of each category, not counted in its seconds",
     "choice": "for each case and seed, by the held-out images, the same for every method: of its points that reach "
     "the target on new ones the one that is best on old ones, where there is none the best on new ones; a baseline's "
     "points are all epochs of all its settings, those of nss its settings, each at the epoch that readapt keeps, which "
@@ -190,7 +191,7 @@ def tables(summary: Sequence[Row]) -> list[Table]:
 
 def _terms(cases: Mapping[tuple[str, str], Grid]) -> Row:
     """Return what decides the rows of a subject."""
-    turns = {"turns": TURNS, "step": [STEP_BATCH, REPEATS], "telling": TELLING}
+    turns = {"turns": TURNS, "step": [STEP_BATCH, REPEATS], "telling": TELLING, "damping": DAMPING}
     return {**_numbers(), **turns, "cases": {" ".join(case): asdict(grid) for case, grid in cases.items()}}
 
 
@@ -209,20 +210,26 @@ def _case(subject: Subject, case: tuple[str, str], grid: Grid, *, times: bool) -
     situation, setting = case
     identity = {"data": subject.name, "model": subject.factory, "seed": subject.seed}
     identity |= {"situation": situation, "setting": setting}
-    key = {**identity, "weights": model_digest(subject.model), "grid": str(grid), **_numbers()}
+    key = {**identity, "weights": model_digest(subject.model), **_numbers()}
 
     @cache
     def points() -> Points:
         return Points(subject, subject.case(situation, setting, grid.held_out), grid)
 
-    peers = resumed("rq3-peers", key, lambda: [{**identity, **row} for row in points().peers()])
+    peers_key = {**key, "grid": str(_of_peers(grid))}
+    peers = resumed("rq3-peers", peers_key, lambda: [{**identity, **row} for row in points().peers()])
     target = goal_of(row["curve"] for row in peers if row["method"] == FULL)
-    own_key = {**key, "target": target, "telling": TELLING}
+    own_key = {**key, "grid": str(grid), "target": target, "telling": TELLING, "damping": DAMPING}
     ours = resumed("rq3-nss", own_key, lambda: [{**identity, **row} for row in points().ours(target)])
     rows = [{**row, "target": target} for row in (*peers, *ours)]
     first = fastest_of_each(rows, target)
     rows = [{**row, **to_target(first[row["method"]] if row["chosen"] else row, target)} for row in rows]
-    return _timed(rows, first, key, points) if case == MAIN and times else rows
+    return _timed(rows, first, own_key, points) if case == MAIN and times else rows
+
+
+def _of_peers(grid: Grid) -> Grid:
+    """Return what of a grid decides the baselines' rows."""
+    return replace(grid, rates={name: each for name, each in grid.rates.items() if name in PEERS}, guards=())
 
 
 def _timed(rows: Sequence[Row], first: Mapping[str, Row], key: Row, points: Callable[[], Points]) -> list[Row]:
@@ -252,7 +259,7 @@ def _times(row: Row, seconds: Sequence[float]) -> Row:
 def _step_times(subject: Subject) -> list[Row]:
     identity = {"data": subject.name, "model": subject.factory, "seed": subject.seed}
     key = {**identity, "weights": model_digest(subject.model), "share": SHARE, "threads": torch.get_num_threads()}
-    key |= {"step": [STEP_BATCH, REPEATS], "full": "both kinds of statistics"}
+    key |= {"step": [STEP_BATCH, REPEATS], "full": "both kinds of statistics", "free": "whitened"}
     return resumed("rq3-step-time", key, lambda: [{**identity, **row} for row in step_times(subject, SHARE)])
 
 

@@ -18,14 +18,17 @@ from nss.model import network_of
 from nss.sites import find_sites
 from nss.size import count_parameters
 from nss.tunable import tunable_neurons
+from nss.whitened import WhitenedAdam
 
 BATCH, REPEATS, WARM_UP = 128, 40, 5
 CHOOSING = 500
 FULL, FIXED = "full", "full, fixed"
+LEAST = 1e-6
+"""learning rate: too small to get anywhere"""
 
 
 def step_times(subject: Subject, share: float) -> list[Row]:
-    """Return the median milliseconds of a full step and of one with `share` of the weights free, and of its guard.
+    """Return the median milliseconds of a full step and of a guarded one with `share` of the weights free.
 
     Full steps are of two kinds: the BatchNorms take the statistics of the batch, or are fixed as those of frozen
     neurons are.
@@ -33,14 +36,16 @@ def step_times(subject: Subject, share: float) -> list[Row]:
     samples = subject.first("val", 0, CHOOSING)
     images, labels = samples.images[:BATCH], samples.labels[:BATCH]
     known, slices = subject.known
-    frozen = freeze(subject.model, tunable_neurons(subject.model, slices, samples.images, samples.labels, share))
+    frozen = freeze(subject.model, tunable_neurons(subject.model, slices, samples.images, samples.labels, share, known))
     anatomy = find_sites(network_of(subject.model), subject.model.spec.input_shape).anatomy
     guard = Guard(frozen, anatomy, known)
+    whole = [copy.deepcopy(subject.model).requires_grad_() for _ in (FULL, FIXED)]
+    of_all = [torch.optim.Adam(each.parameters(), LEAST) for each in whole]
+    of_free = WhitenedAdam(guard.terms, LEAST, guard=1.0)
     steps = {
-        FULL: _stepper(copy.deepcopy(subject.model).requires_grad_(), images, labels, None),
-        FIXED: _stepper(copy.deepcopy(subject.model).requires_grad_(), images, labels, None, fixed=True),
-        "free": _stepper(copy.deepcopy(frozen), images, labels, None),
-        "free, guarded": _stepper(frozen, images, labels, guard),
+        FULL: _stepper(whole[0], images, labels, of_all[0]),
+        FIXED: _stepper(whole[1], images, labels, of_all[1], fixed=True),
+        "free, guarded": _stepper(frozen, images, labels, of_free),
     }
     found = interleaved(steps, REPEATS, WARM_UP)
     trained = count_parameters(frozen) / count_parameters(subject.model)
@@ -57,16 +62,18 @@ def step_times(subject: Subject, share: float) -> list[Row]:
 
 
 def _stepper(
-    model: nn.Module, images: Tensor, labels: Tensor, guard: Guard | None, *, fixed: bool = False
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    optimizer: torch.optim.Optimizer,
+    *,
+    fixed: bool = False,
 ) -> Callable[[], int]:
-    """Return a whole step of Adam: forward, backward, update; the learning rate is too small to get anywhere."""
-    optimizer = torch.optim.Adam(model.parameters(), 1e-6)
+    """Return a whole step: forward, backward, update."""
     train_mode(model, None, statistics=not fixed)
 
     def step() -> int:
         loss = F.cross_entropy(model(images), labels)
-        if guard is not None:
-            loss = loss + guard()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -165,7 +165,8 @@ def _readable(workspace: Workspace) -> Dataset | None:
 def _require_network(workspace: Workspace, base: BaseParams, data: Dataset | None) -> None:
     """Raise what is wrong with the network that the stage base would train, as far as a look can tell."""
     from nss.base import require_logits
-    from nss.model import build_model, find_factory
+    from nss.factories import find_factory
+    from nss.model import build_model
     from nss.sites import find_sites
 
     if data is None:

@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from nss import operations as ops
+from nss.contexts import evaluating
 from nss.coupling import Classes
 from nss.errors import SiteError
 from nss.mask import ChannelMask
@@ -82,12 +83,10 @@ def dissect(network: nn.Module, input_shape: tuple[int, ...]) -> Anatomy:
 
     Raises SiteError when it cannot be traced or does not take that shape. The network is left as it was.
     """
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
     try:
-        walker = _Walker(trace(network))
-        first = next(network.parameters(), torch.zeros(()))
-        with torch.no_grad():
+        with evaluating(network), torch.no_grad():
+            walker = _Walker(trace(network))
+            first = next(network.parameters(), torch.zeros(()))
             walker.run(torch.zeros(BLANKS, *input_shape, device=first.device, dtype=first.dtype))
     except SiteError:
         raise
@@ -95,9 +94,6 @@ def dissect(network: nn.Module, input_shape: tuple[int, ...]) -> Anatomy:
         raise SiteError(
             f"the network does not take a {input_shape} image: {problem}", where=type(network).__name__
         ) from problem
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return walker.anatomy
 
 

@@ -9,10 +9,11 @@ from typing import cast
 
 from torch import Tensor
 
+from nss.contexts import evaluating
 from nss.data import Data, Dataset, train_part
 from nss.errors import RestructureError
 from nss.merge import Reading, fold, readings
-from nss.model import Classifier, evaluating
+from nss.model import Classifier
 from nss.narrow import narrow
 from nss.plan import RestructurePlan
 from nss.profile import Profile

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nss.contexts import evaluating
 from nss.errors import DataError, ModelError
-from nss.model import device_of, evaluating
+from nss.model import device_of
 from nss.pixels import as_floats
 
 BY_FOOLBOX = ("deepfool", "carlini-wagner")

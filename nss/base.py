@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nss.contexts import evaluating, seeded
 from nss.data import Data, val_part
 from nss.errors import ModelError, first_line
-from nss.model import Classifier, device_of, evaluating, seeded
+from nss.model import Classifier, device_of
 from nss.predict import accuracy
 from nss.steps import Schedule, sgd, step, training_images
 

@@ -29,7 +29,7 @@ class ReadaptEpoch:
 
     epoch: int
     loss: float | None
-    """mean over the steps of this pass, memory and guard included"""
+    """mean over the steps of this pass, memory included"""
     guard: float | None
     """how much the update changes what the layers computed on old data, estimated from the profile"""
     new_accuracy: float | None
@@ -88,6 +88,8 @@ class Course:
     Of the epochs whose accuracy on held-out new samples is within one standard error of the best (Breiman et al. 1984),
     the one that harms old knowledge least is kept. When no samples are held out, it is the one with the smallest loss
     on all of them, guard included. The original is one of them: what ends worse than it began is not kept.
+    optimizer: of the free entries, which holds the guard too; its learning rate follows one cycle, whose top is that of
+    the settings.
     tasks: of each class, int64 [classes], where a router tells them apart: then each image is answered within its own.
     What leads through the router would have features moved until it errs no more, and old images pay for it.
     """
@@ -101,6 +103,7 @@ class Course:
         memory: Memory | None,
         guard: Guard | None,
         settings: Settings,
+        optimizer: torch.optim.Optimizer,
         tasks: Tensor | None = None,
     ) -> None:
         self.model, self.samples, self.held_out, self.old = model, samples, held_out, old
@@ -111,9 +114,9 @@ class Course:
         self._kept: list[_Kept] = []
         batches = len(samples) // self.size
         self._passes = passes_of(len(samples), self.size)
-        self._optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate)
+        self._optimizer = optimizer
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self._optimizer,
+            optimizer,
             settings.learning_rate,
             total_steps=settings.epochs * self._passes * batches,
             cycle_momentum=False,
@@ -173,8 +176,6 @@ class Course:
         if self.memory is not None and again is not None:
             old = within_task(logits[len(rows) :], self.memory.samples.labels[again], self.tasks)
             loss = (loss + self.memory.loss(old, again)) / 2
-        if self.guard is not None:
-            loss = loss + self.settings.guard * self.guard()
         self.steps += 1
         return descend(loss, self._optimizer, self._schedule, ReadaptError)
 

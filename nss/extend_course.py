@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nss.contexts import seeded
 from nss.errors import ExtendError
 from nss.finetune import batches
-from nss.model import Classifier, device_of, seeded
+from nss.model import Classifier, device_of
 from nss.predict import predict
 from nss.samples import Samples, joined
 from nss.steps import descend, passes_of, sgd

@@ -9,9 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from nss.contexts import evaluating, seeded
 from nss.data import Data
 from nss.errors import ModelError
-from nss.model import Classifier, device_of, evaluating, seeded
+from nss.model import Classifier, device_of
 from nss.steps import sgd, step, training_images
 from nss.told import check_classes, route_by, tasks_apart
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from nss.anatomy import Anatomy, Producer
+from nss.contexts import evaluating
 from nss.coupling import lookup
 from nss.errors import SiteError
-from nss.model import evaluating, network_of, shape_of
+from nss.model import network_of, shape_of
 from nss.operations import CHANNEL_NORMS, CONVOLUTIONS, is_max_pool, module_calls, module_of, norm_behind
 from nss.rows import FoldedActivation, FreeConvolution, FreeLinear, FreeNorm, FreeRows, RectifiedPool
 from nss.sites import find_sites
@@ -75,7 +76,7 @@ def freeze(model: nn.Module, free: Mapping[str, Tensor], input_shape: Sequence[i
     rows = free_entries(anatomy, free)
     for module in list(twin.modules()):
         _hold(module)
-    norms = _followed_by_norm(anatomy)
+    norms = followed_by_norm(anatomy)
     relus = _followed_by_relu(anatomy, norms)
     wrapped = _wrapped(network, rows, norms, relus, _followed_by_pool(anatomy, relus))
     for name, mask in masks.items():
@@ -195,7 +196,7 @@ def _check_alike(model: nn.Module, frozen: nn.Module, shape: Sequence[int]) -> N
         )
 
 
-def _followed_by_norm(anatomy: Anatomy) -> dict[str, str]:
+def followed_by_norm(anatomy: Anatomy) -> dict[str, str]:
     """Return {layer: BatchNorm} of those pairs whose only business is with each other."""
     calls = module_calls(anatomy.graph)
     pairs = {}

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from nss.anatomy import dissect
 from nss.apply import refitted
+from nss.contexts import seeded
 from nss.data import Data, train_part
 from nss.errors import ExtendError
+from nss.factories import factory_network
 from nss.merge import order_units, readings, unit_scores
-from nss.model import Classifier, Task, device_of, factory_network, model_digest, seeded, with_network
+from nss.model import Classifier, Task, device_of, model_digest, with_network
 from nss.profile import Profile
 from nss.profile import profile as gather_profile
 from nss.routing import Router, choose_views

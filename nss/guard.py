@@ -17,9 +17,12 @@ from nss.rows import FreeNorm, FreeRows
 from nss.surgery import Layer
 from nss.windows import window_moment
 
+# Of the mean of the diagonal of the moments; ten times as much or as little chooses neurons that are as good.
+DAMPING = 0.1
+
 
 @dataclass(frozen=True)
-class _Term:
+class Term:
     """One layer: its free rows at the start, and the second moment of what each of them reads."""
 
     layer: FreeRows
@@ -29,8 +32,9 @@ class _Term:
     outputs: int
 
     @classmethod
-    def of(cls, layer: FreeRows, moment: Tensor, outputs: int) -> _Term:
-        start = _rows(layer.effective(), moment.shape[-1] - 1).detach().clone()
+    def of(cls, layer: FreeRows, moment: Tensor, outputs: int) -> Term:
+        """Begin at the rows as they are now. outputs: of the whole layer, free or not."""
+        start = rows_with_bias(layer.effective(), moment.shape[-1] - 1).detach().clone()
         return cls(layer, start, moment, outputs)
 
 
@@ -50,21 +54,21 @@ class Guard:
 
     def __init__(self, frozen: nn.Module, anatomy: Anatomy, profile: Profile) -> None:
         network = network_of(frozen)
-        self._terms = []
+        self.terms: list[Term] = []
         for producer in anatomy.producers:
             layer = network.get_submodule(producer.module)
             if isinstance(layer, FreeRows) and layer.free_weight is not None:
                 moment = _read_by(layer, profile.window(producer.name)).to(layer.free_weight)
-                self._terms.append(_Term.of(layer, moment, len(producer.out_ids)))
+                self.terms.append(Term.of(layer, moment, len(producer.out_ids)))
         for name, outputs in {each.module: len(each.ids) for each in anatomy.scalers}.items():
             norm = network.get_submodule(name)
             if isinstance(norm, FreeNorm) and not norm.folded and norm.free_weight is not None:
-                self._terms.append(_Term.of(norm, torch.eye(2).to(norm.free_weight), outputs))
+                self.terms.append(Term.of(norm, torch.eye(2).to(norm.free_weight), outputs))
 
     def __call__(self) -> Tensor:
         """Return the guard of the free rows as they are now, with gradients; zero at the start."""
         return cast(
-            Tensor, _Change.apply(self._terms, *(each for term in self._terms for each in term.layer.effective()))
+            Tensor, _Change.apply(self.terms, *(each for term in self.terms for each in term.layer.effective()))
         )
 
 
@@ -75,11 +79,11 @@ class _Change(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, terms: Sequence[_Term], *effective: Tensor | None) -> Tensor:
+    def forward(ctx: Any, terms: Sequence[Term], *effective: Tensor | None) -> Tensor:
         """effective: weight and bias of each term."""
         products, values = [], []
         for term, weight, bias in zip(terms, effective[::2], effective[1::2], strict=True):
-            moved = _rows((weight, bias), term.moment.shape[-1] - 1).sub_(term.start)
+            moved = rows_with_bias((weight, bias), term.moment.shape[-1] - 1).sub_(term.start)
             product = moved @ term.moment if term.moment.dim() == 2 else (moved[:, None] @ term.moment)[:, 0]
             values.append(torch.dot(product.flatten(), moved.flatten()) / term.outputs)
             products.append(product.mul_(2 / term.outputs))
@@ -93,17 +97,18 @@ class _Change(torch.autograd.Function):
         """Return the gradients of all weights and biases."""
         found: list[Tensor | None] = [None]
         for product, shape in zip(ctx.saved_tensors, ctx.shapes, strict=True):
-            of_weight, of_bias = _weight_and_bias(product * gradient, shape)
+            of_weight, of_bias = weight_and_bias(product * gradient, shape)
             found += [of_weight, of_bias if ctx.needs_input_grad[len(found) + 1] else None]
         return tuple(found)
 
 
-def _rows(effective: tuple[Tensor | None, Tensor | None], inputs: int) -> Tensor:
+def rows_with_bias(effective: tuple[Tensor | None, Tensor | None], inputs: int) -> Tensor:
     """Return the rows with the bias as a last input [rows, inputs + 1], or where inputs count apart, with it apart.
 
     In that case [rows, positions + 1, inputs + 1]: the last position has nothing but the bias.
     """
-    weight, bias = cast(Tensor, effective[0]).flatten(1), effective[1]
+    weight, bias = cast(Tensor, effective[0]), effective[1]
+    weight = weight.reshape(len(weight), -1)
     last = weight.new_zeros(len(weight), 1) if bias is None else bias[:, None]
     if weight.shape[1] == inputs:
         return torch.cat([weight, last], 1)
@@ -112,8 +117,8 @@ def _rows(effective: tuple[Tensor | None, Tensor | None], inputs: int) -> Tensor
     return torch.cat([torch.cat([apart, torch.zeros_like(apart[:, :, :1])], 2), lone], 1)
 
 
-def _weight_and_bias(rows: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Undo `_rows`: return a weight of that shape and a bias."""
+def weight_and_bias(rows: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Undo `rows_with_bias`: return a weight of that shape and a bias."""
     if rows.dim() == 2:
         return rows[:, :-1].reshape(shape), rows[:, -1]
     return rows[:, :-1, :-1].mT.reshape(shape), rows[:, -1, -1]
@@ -124,3 +129,36 @@ def _read_by(layer: FreeRows, mean: Tensor) -> Tensor:
     plain = cast(Layer, layer.layer)
     moment = window_moment(mean, plain)
     return moment[0] if len(moment) == 1 else moment[layer.rows.cpu() // (len(plain.weight) // len(moment))]
+
+
+def gains(weight: Tensor, bias: Tensor | None, moment: Tensor) -> Tensor:
+    """Return for each row outputs * g^T (G + d I)^-1 g, g the gradient of the loss for it: what tuning it is worth.
+
+    Of all changes x of a row, g.x less the guard's x^T G x / outputs is largest, 1/4 of that, at half of
+    outputs * G^-1 g: so much does the loss fall, to first order, where the guard allows it. What old images show
+    nothing of would be worth anything without d (`root_of`).
+    weight: gradient for the weight of the layer with the norm behind it folded in [rows, ..]; bias: the same of what is
+    added [rows], None where nothing is. moment: `windows.window_moment` of the layer, [groups, inputs + 1, inputs + 1].
+    Returns the type of `weight`, [rows].
+    """
+    gradient, moment = rows_with_bias((weight, bias), moment.shape[-1] - 1), moment.to(weight)
+    if bias is None:
+        gradient, moment = gradient[..., :-1], moment[..., :-1, :-1]
+    columns = gradient.reshape(len(moment), -1, gradient.shape[-1]).mT
+    solved: Tensor = torch.linalg.solve_triangular(root_of(moment), columns, upper=False)
+    return len(weight) * solved.square().sum(-2).reshape(len(weight), -1).sum(1)
+
+
+def root_of(moment: Tensor) -> Tensor:
+    """Return the lower triangle L with L L^T = G + d I, d DAMPING of the mean of the diagonal of G.
+
+    moment: G [.., n, n]. At the borders of maps, what is put together of lags may be none of second moments: then d is
+    ten times as much, and again, until there is such an L. Returns the shape and type of `moment`.
+    """
+    one = torch.eye(moment.shape[-1]).to(moment)
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(torch.finfo(moment.dtype).tiny)
+    damping, failed = DAMPING * mean, True
+    while failed:
+        factor, info = torch.linalg.cholesky_ex(moment + damping * one)
+        damping, failed = damping * 10, bool(info.any())
+    return cast(Tensor, factor)

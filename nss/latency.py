@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nss.contexts import evaluating
 from nss.errors import ModelError
-from nss.model import Classifier, device_of, evaluating, shape_of
+from nss.model import Classifier, device_of, shape_of
 
 LATENCY_BATCH = 64
 """images in a batch of which a budget in milliseconds speaks"""

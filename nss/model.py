@@ -7,13 +7,8 @@ factory that is on the list of allowed packages and copies numbers into what it 
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
-import importlib
-import inspect
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +16,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from nss.contexts import evaluating, seeded
 from nss.errors import ModelError, first_line
+from nss.factories import factory_network
 from nss.files import file_digest, replacing, write_json
 from nss.mask import ChannelMask
 from nss.model_spec import FORMAT, new_spec, read_spec
@@ -35,8 +32,6 @@ from nss.surgery import shrink
 from nss.tensor_files import read_tensors, write_tensors
 from nss.weight_masks import MASK, apply_masks, plain_state
 from nss.wiring import Columns, read_earlier
-
-TRUSTED = ("nss.zoo", "torchvision.models")
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -126,95 +121,6 @@ def _build_network(spec: ModelSpec, seed: int, allow: Sequence[str]) -> nn.Modul
     except RuntimeError as problem:
         raise ModelError(f"a router of {spec.features} features cannot be made: {first_line(problem)}") from None
     return Columns(columns, spec.input_shape, router)
-
-
-def factory_network(spec: ModelSpec, classes: int, seed: int, allow: Sequence[str] | None) -> nn.Module:
-    """Return what the factory of `spec` makes for so many classes. Raises ModelError when it fails.
-
-    allow: None for the spec of a model in memory: its factory was allowed when it made the model.
-    """
-    call = find_factory(spec.factory, [spec.factory.partition(":")[0]] if allow is None else allow)
-    parameters = inspect.signature(call).parameters
-    named = {"num_classes": classes, "input_shape": spec.input_shape}
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    given = {
-        name: value for name, value in named.items() if name in parameters or (takes_any and name == "num_classes")
-    }
-    with seeded(seed):
-        try:
-            network = call(**given, **spec.arguments)
-        except Exception as problem:
-            raise ModelError(
-                f"the factory failed: {first_line(problem)}",
-                where=spec.factory,
-                allowed=f"arguments: {', '.join(parameters)}",
-                fix="correct `arguments`",
-            ) from problem
-    if not isinstance(network, nn.Module):
-        raise ModelError(
-            f"the factory returned {type(network).__name__}", where=spec.factory, allowed="a torch.nn.Module"
-        )
-    return network
-
-
-def find_factory(factory: str, allow: Sequence[str] = ()) -> Any:
-    """Import a factory by "package.module:callable" if its package is allowed; nothing else is ever imported."""
-    module, _, name = factory.partition(":")
-    trusted = (*TRUSTED, *allow)
-    if not _is_of(module, trusted):
-        raise ModelError(
-            "the factory is not from an allowed package",
-            where=factory,
-            allowed=", ".join(trusted),
-            fix="if you trust it, add its package to base.packages in params.yaml (in code: allow=[...])",
-        )
-    try:
-        call = getattr(importlib.import_module(module), name)
-        inspect.signature(call)
-    except (TypeError, ValueError):
-        raise ModelError("this is no factory", where=factory, allowed="a Python function or class") from None
-    except (ImportError, AttributeError) as problem:
-        raise _missing(factory, module, problem) from None
-    # A trusted module also holds what it imports for itself, for example what downloads and unpickles a file.
-    if not _is_of(_home(call), trusted):
-        raise ModelError(
-            f"the factory is imported from {_home(call)}, which is not an allowed package",
-            where=factory,
-            allowed=", ".join(trusted),
-            fix="name the module that defines it; if you trust it, add its package to base.packages in params.yaml",
-        )
-    return call
-
-
-def _missing(factory: str, module: str, error: Exception) -> ModelError:
-    """Tell a factory that is not there from one whose module imports something that is not there."""
-    name = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
-    if name and not _is_of(module, [name]):
-        fix = _hidden(name) or f"pip install {name}, or put it beside params.yaml if it is yours"
-        return ModelError(f"{module} imports {name}, which is not installed", where=factory, fix=fix)
-    fix = _hidden(name) or f"put {name} beside params.yaml, or install its package" if name else ""
-    return ModelError(f"the factory does not exist: {error}", where=factory, allowed="package.module:callable", fix=fix)
-
-
-def _hidden(name: str) -> str:
-    """Return what to do about a module that is missing because another package has its name; else an empty text."""
-    package, _, rest = name.partition(".")
-    found = sys.modules.get(package) if rest else None
-    place = next(iter(getattr(found, "__path__", None) or [getattr(found, "__file__", None)]))
-    if place is None:
-        return ""
-    return f"`{package}` is {place} here: check what follows it; a package of yours that this hides needs another name"
-
-
-def _is_of(module: str, packages: Sequence[str]) -> bool:
-    return any(module == package or module.startswith(package + ".") for package in packages)
-
-
-def _home(call: Any) -> str:
-    """Return the module that defines a function or class, of a partial that of what it calls."""
-    while isinstance(call, functools.partial):
-        call = call.func
-    return str(getattr(call, "__module__", ""))
 
 
 def model_digest(model: nn.Module) -> str:
@@ -323,30 +229,6 @@ def with_network(model: nn.Module, network: nn.Module, **changes: Any) -> nn.Mod
     return twin
 
 
-@contextmanager
-def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Have what is drawn in this block, on the CPU and on `device`, follow from the seed; the caller's draws do not.
-
-    torch.manual_seed would seed every other device as well, and nobody would put them back.
-
-    >>> with seeded(0):
-    ...     torch.rand(1)
-    tensor([0.4963])
-    """
-    kind = device.type if device is not None and device.type != "cpu" else ""
-    module = getattr(torch, kind, None)
-    if module is None or not module.device_count():
-        kind = ""  # PyTorch knows no generator of it
-    with torch.random.fork_rng(devices=[device] if kind else [], device_type=kind or "cuda"):
-        torch.default_generator.manual_seed(seed)
-        if kind == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        elif kind:
-            getattr(torch, kind).manual_seed(seed)
-        yield
-
-
 def shape_of(model: nn.Module, input_shape: Sequence[int] | None) -> tuple[int, ...]:
     """Return the image shape a model takes: its own, or the one that was given."""
     if input_shape is not None:
@@ -358,18 +240,6 @@ def shape_of(model: nn.Module, input_shape: Sequence[int] | None) -> tuple[int, 
         allowed="input_shape=(channels, height, width)",
         fix="pass input_shape, or make the model with nss.build_model",
     )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode, and every module back into its own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def device_of(model: nn.Module) -> torch.device:

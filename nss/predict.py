@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from nss.contexts import evaluating
 from nss.data import Data, iter_batches
 from nss.errors import ModelError
-from nss.model import device_of, evaluating
+from nss.model import device_of
 
 # Products and differences of shares miss numbers that they should meet by rounding alone.
 SLACK = 1e-9

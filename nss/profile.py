@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nss.contexts import evaluating
 from nss.data import Data, iter_batches
 from nss.errors import ProfileError
 from nss.gather import Gatherer
-from nss.model import Classifier, device_of, evaluating, model_digest, network_of, on_device, shape_of
+from nss.model import Classifier, device_of, model_digest, network_of, on_device, shape_of
 from nss.prefetch import read_ahead
 from nss.samples import rank_in_class
 from nss.sites import find_sites

@@ -10,12 +10,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from nss.contexts import seeded
 from nss.course import Course, Memory, ReadaptEpoch, Settings
-from nss.data import Data, Dataset, train_part
+from nss.data import Data, Dataset
 from nss.errors import ReadaptError
 from nss.freeze import freeze, thaw
 from nss.guard import Guard
-from nss.model import Classifier, device_of, model_digest, network_of, seeded, with_network
+from nss.model import Classifier, device_of, model_digest, network_of, with_network
 from nss.predict import predict
 from nss.profile import Profile
 from nss.profile import profile as gather_profile
@@ -26,10 +27,11 @@ from nss.slice import SemanticSlices
 from nss.told import check_classes, route_anew, tasks_apart, within_task
 from nss.tunable import tunable_neurons
 from nss.weight_masks import refuse_unowned
+from nss.whitened import WhitenedAdam
 
 # Images of the old data on which the learning curve is drawn.
 JUDGED = 1000
-# Images of each old class that the guard is made from when there is no profile.
+# Images of each class that the profile is gathered from when there is none.
 GUARDED = 100
 
 
@@ -75,7 +77,7 @@ def readapt(
     profile: Profile | None = None,
     share: float = 0.2,
     guard: float = 1.0,
-    learning_rate: float = 0.015,
+    learning_rate: float = 0.002,
     epochs: int = 10,
     batch_size: int = 64,
     seed: int = 0,
@@ -89,11 +91,12 @@ def readapt(
     slices: of this model; they say which neurons may be tuned (see `tunable_neurons`). new_data: a few labelled samples
     of the classes that the model knows. old_data: what it was made for, or a part; optional, never trained on unless
     `replay` says so, used to report old accuracy and to stop. profile: of this model on old data, with `windows`:
-    the guard against forgetting lives from it and needs no old image; without it, it is gathered from old_data.
+    the choice of neurons, the steps and the guard against forgetting live from it and need no old image; without it,
+    it is gathered from old_data, and with guard 0 and none of both from the new samples.
     share: of all weights, at most so many are trained. guard: weight of the guard in the loss; more keeps more of the
     old at the cost of the new, 0 needs no profile; it counts more, by the number of known classes over that of classes
     that the new samples show, since they say nothing about the others. learning_rate: the largest of a one-cycle
-    schedule of Adam.
+    schedule of Adam, in spreads of what a neuron computes on old data (`WhitenedAdam`).
     replay: share of the old training images that are trained on too, as many a step as new ones. distil: how much of
     their targets the original's answers are, 0 to 1. categories: the affected ones, default those of the new samples.
     patience: epochs without a better accuracy on held-out new samples after which to stop.
@@ -128,10 +131,12 @@ def readapt(
     old, judged = _old_samples(model, slices, old_data, new, seed)
     memory = _memory(model, old, replay, distil, seed)
     shape = tuple(new.images.shape[1:])
-    neurons = tunable_neurons(model, slices, new.images, new.labels, share, affected)
+    known = _known(model, slices.classes, profile, old, new, guard)
+    neurons = tunable_neurons(model, slices, new.images, new.labels, share, known, affected)
     frozen = freeze(model, neurons, shape)
-    keeper = _guard(model, frozen, shape, slices.classes, profile, old_data) if guard else None
-    course = Course(frozen, new, held_out, judged, memory, keeper, settings, tasks)
+    keeper = Guard(frozen, find_sites(network_of(model), shape).anatomy, known)
+    optimizer = WhitenedAdam(keeper.terms, learning_rate, settings.guard)
+    course = Course(frozen, new, held_out, judged, memory, keeper, settings, optimizer, tasks)
     with seeded(seed, device_of(model)):  # dropout
         stopped = course.run(torch.Generator().manual_seed(seed))
     result, total = _dressed(model, thaw(frozen)), count_parameters(model)
@@ -146,7 +151,7 @@ def readapt(
         stopped=stopped,
         categories=affected,
         neurons={name: (int(mask.sum()), len(mask)) for name, mask in neurons.items()},
-        trained_share=count_parameters(frozen) / total,
+        trained_share=optimizer.count / total,
         moved_share=moved / total,
         steps=course.steps,
         seconds=time.perf_counter() - started,
@@ -234,36 +239,38 @@ def _memory(model: nn.Module, old: Samples | None, replay: float, distil: float,
     return Memory(again, within_task(answers, labels, tasks_apart(model)), distil)
 
 
-def _guard(
+def _known(
     model: nn.Module,
-    frozen: nn.Module,
-    shape: tuple[int, ...],
     classes: Sequence[str],
     profile: Profile | None,
-    old_data: Data | None,
-) -> Guard:
-    if profile is None and old_data is None:
-        raise ReadaptError(
-            "there is nothing to guard old behaviour by", where="profile", fix="give a profile or old data, or guard=0"
-        )
-    if profile is None and old_data is not None:
-        profile = gather_profile(
-            model,
-            train_part(old_data),
-            ("avg",),
-            samples_per_class=GUARDED,
-            gram=False,
-            windows=1,
-            input_shape=shape,
-            classes=classes,
-        )
-    if profile is None or profile.model != model_digest(model) or not profile.windows:
+    old: Samples | None,
+    new: Samples,
+    guard: float,
+) -> Profile:
+    """Return the profile with what windows see together on old data; without a guard and old data, on new samples."""
+    if profile is not None and (profile.model != model_digest(model) or not profile.windows):
         raise ReadaptError(
             "the profile is of another model, or does not say what windows see together",
             where="profile",
             fix="profile this model with windows=10, or with windows=1 for few samples",
         )
-    return Guard(frozen, find_sites(network_of(model), shape).anatomy, profile)
+    if profile is None and not old and guard:
+        raise ReadaptError(
+            "there is nothing to guard old behaviour by", where="profile", fix="give a profile or old data, or guard=0"
+        )
+    if profile is not None:
+        return profile
+    seen = old or new
+    return gather_profile(
+        model,
+        (seen.images, seen.labels),
+        ("avg",),
+        samples_per_class=GUARDED,
+        gram=False,
+        windows=1,
+        input_shape=tuple(new.images.shape[1:]),
+        classes=classes,
+    )
 
 
 def _dressed(model: nn.Module, result: nn.Module) -> nn.Module:

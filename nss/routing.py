@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from nss.anatomy import dissect
+from nss.contexts import evaluating
 
 SHRINKAGES = (1e-4, 1e-3, 1e-2, 1e-1)
 LEAST = 1e-4
@@ -333,12 +334,6 @@ def _grids(maps: Mapping[str, list[int]], room: int) -> dict[str, int]:
 
 def _shapes(graph: fx.GraphModule, column: nn.Module, input_shape: tuple[int, int, int]) -> dict[fx.Node, list[int]]:
     """Return the shape of each value for one image; [] for what is no tensor."""
-    modes = {module: module.training for module in column.modules()}
-    column.eval()
-    try:
-        with torch.no_grad():
-            ShapeProp(graph).propagate(torch.zeros(1, *input_shape, device=next(column.parameters()).device))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(column), torch.no_grad():
+        ShapeProp(graph).propagate(torch.zeros(1, *input_shape, device=next(column.parameters()).device))
     return {node: list(getattr(node.meta.get("tensor_meta"), "shape", [])) for node in graph.graph.nodes}

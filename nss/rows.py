@@ -16,6 +16,22 @@ BLOCK = 16
 MOST = 0.8
 
 
+@dataclass(frozen=True)
+class Movable:
+    """Entries of the free rows of a layer, and what each row computes more of for one more of them."""
+
+    weight: nn.Parameter
+    """[rows, ..]"""
+    weight_unit: Tensor
+    """[rows]"""
+    shift: nn.Parameter | None
+    """[rows]; None where nothing is added"""
+    shift_unit: Tensor
+    """[rows]"""
+    unmasked: Tensor | None
+    """bool of the shape of `weight`: the others stay zero"""
+
+
 class FreeRows(nn.Module):
     """A layer that holds all its numbers as buffers, and those rows that may move as parameters.
 
@@ -69,6 +85,11 @@ class FreeRows(nn.Module):
         """Return weight and bias of the free rows as the forward uses them, with gradients."""
         return self._masked(), self.free_bias
 
+    def movable(self) -> Movable:
+        """Return the entries of the free rows, and what a unit of each changes in what the rows compute."""
+        one = torch.ones(len(self.rows)).to(cast(Tensor, self.free_weight))
+        return Movable(cast(nn.Parameter, self.free_weight), one, self.free_bias, one, self.unmasked)
+
     def _masked(self) -> Tensor | None:
         if self.unmasked is None or self.free_weight is None:
             return self.free_weight
@@ -121,6 +142,13 @@ class FreeNorm(FreeRows):
         return _fold(weight, bias, mean, var, norm.eps, self.free_weight, self.free_bias)
 
 
+def norm_scale(norm: nn.Module) -> Tensor:
+    """Return what a BatchNorm with running statistics multiplies each channel by, [channels]."""
+    gain, var = cast("Tensor | None", norm.weight), cast(Tensor, norm.running_var)
+    scale = (var + cast(float, norm.eps)).rsqrt()
+    return scale if gain is None else scale * gain.detach()
+
+
 def _fold(
     weight: Tensor,
     bias: Tensor | None,
@@ -158,6 +186,16 @@ class FreeLayer(FreeRows):
         if self.norm is None or weight is None:
             return weight, self.free_bias
         return self.norm.fold_rows(weight, self.free_bias)
+
+    def movable(self) -> Movable:
+        """Return weight and shift of the free rows, not the gain of the norm, which multiplies what they do already."""
+        own = super().movable()
+        if self.norm is None:
+            return own
+        scale = norm_scale(self.norm.layer)[self.rows]
+        if self.norm.free_bias is None:
+            return replace(own, weight_unit=scale, shift_unit=scale)
+        return replace(own, weight_unit=scale, shift=self.norm.free_bias)
 
 
 class FreeLinear(FreeLayer):

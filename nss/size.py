@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nss.model import device_of, evaluating, shape_of
+from nss.contexts import evaluating
+from nss.model import device_of, shape_of
 
 
 def count_parameters(model: nn.Module) -> int:

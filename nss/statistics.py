@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from nss.model import device_of, evaluating
+from nss.contexts import evaluating
+from nss.model import device_of
 from nss.operations import CHANNEL_NORMS
 
 

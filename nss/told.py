@@ -8,9 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from nss.contexts import evaluating
 from nss.data import Data, iter_batches, val_part
 from nss.errors import ModelError, NssError
-from nss.model import Classifier, device_of, evaluating
+from nss.model import Classifier, device_of
 from nss.predict import answers_of
 from nss.routing import PLAIN, Router, fit_blend, fit_mix
 from nss.wiring import Columns

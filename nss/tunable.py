@@ -1,11 +1,12 @@
-"""Which neurons to tune: critical for what the new samples are, and pulled hardest by them (method.md 6)."""
+"""Which neurons to tune: critical for what the new samples are, and worth most for each weight (method.md 6)."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -14,8 +15,11 @@ from torch import Tensor, nn
 
 from nss.anatomy import Anatomy
 from nss.errors import ReadaptError
-from nss.freeze import head_of
+from nss.freeze import followed_by_norm, head_of
+from nss.guard import gains
 from nss.model import device_of, network_of
+from nss.profile import Profile
+from nss.rows import norm_scale
 from nss.samples import spread
 from nss.sites import find_sites
 from nss.size import count_parameters
@@ -23,6 +27,7 @@ from nss.slice import SemanticSlices
 from nss.surgery import Layer
 from nss.told import tasks_apart, within_task
 from nss.weight_masks import release_masks
+from nss.windows import window_moment
 
 # Of large images more at once would need more memory than training does.
 BATCH = 50
@@ -37,21 +42,25 @@ def tunable_neurons(
     images: Tensor,
     labels: Tensor,
     share: float,
+    profile: Profile,
     categories: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
     """Choose the neurons to tune on new samples, within a budget of weights over all layers.
 
-    A neuron's score is |dL/dw| / |w|, the norm of the loss gradient on the new samples over the norm of its incoming
-    weights, times the share of the new samples in whose slice it is critical: a neuron that is critical in no affected
-    slice is never tuned, one that is critical in many comes first. A class score is critical in the slice of its class.
+    A neuron's score is what the loss on the new samples can fall by where the guard of old behaviour allows it, for
+    each weight that tuning it takes (`guard.gains`), times the share of the new samples in whose slice it is critical:
+    a neuron that is critical in no affected slice is never tuned, one that is critical in many comes first. A class
+    score is critical in the slice of its class.
     Neurons are taken from the highest score down until the next does not fit; ties go to the earlier layer and index.
     The gradient is that of about 250 of the samples, as many of each class, which count as many as there are.
     images: as the model takes them [n, c, h, w]; labels: int64 [n]. share: of all weights of the model, 0 to 1.
-    categories: those that are affected, default all that have samples. Returns {layer: bool [neurons]}, which
-    `freeze` takes. Sources: NeuSemSlice, arXiv 2407.20281, section 3; relative gradient: arXiv 2210.11466.
-    Raises ReadaptError when the slices are not of this model, or the budget is too small for a single neuron.
+    profile: of this model on old data, with `windows`. categories: those that are affected, default all that have
+    samples. Returns {layer: bool [neurons]}, which `freeze` takes.
+    Source: NeuSemSlice, arXiv 2407.20281, section 3; the gains are ours (docs/readapt.md).
+    Raises ReadaptError when the slices are not of this model, or the budget is too small for a single neuron,
+    ProfileError when the profile has no windows.
 
-    >>> free = tunable_neurons(model, slices, images, labels, share=0.2)
+    >>> free = tunable_neurons(model, slices, images, labels, share=0.2, profile=profile)
     >>> int(free["conv1"].sum())
     7
     """
@@ -59,9 +68,10 @@ def tunable_neurons(
     critical = _criticality(anatomy, slices, labels, categories)
     telling = spread(labels, math.ceil(TELLING / len(labels.unique())))
     counts = torch.bincount(labels) / torch.bincount(labels[telling]).clamp_min(1)
-    relative = _relative_gradients(model, anatomy, images[telling], labels[telling], counts)
+    gradients = _gradients(model, anatomy, images[telling], labels[telling], counts)
     cost = _costs(network_of(model), anatomy)
-    scores = {name: relative[name] * weight for name, weight in critical.items() if name in relative}
+    worth = _gains(anatomy, {name: gradients[name] for name in critical}, profile)
+    scores = {name: worth[name] / cost[name] * weight for name, weight in critical.items()}
     chosen = _within({name: (scores[name], cost[name]) for name in scores}, share * count_parameters(model))
     free = {each.name: chosen[each.module] for each in anatomy.producers if each.module in chosen}
     if not any(bool(mask.any()) for mask in free.values()):
@@ -101,34 +111,85 @@ def _foreign(where: str) -> ReadaptError:
     return ReadaptError("the slices are not of this model", where=where, fix="profile and slice this model")
 
 
-def _relative_gradients(
+@dataclass(frozen=True)
+class _Gradient:
+    """The gradient of the mean loss for the rows of a layer."""
+
+    weight: Tensor
+    """of its own weight, float32 of that shape"""
+    scale: Tensor
+    """[rows], what the norm behind it multiplies a row by; ones without one"""
+    shift: Tensor | None
+    """[rows], of what is added to a row behind that; None where nothing is"""
+
+    def folded(self) -> Tensor:
+        """Return that of the weight with the norm folded in; a row that is multiplied by zero moves nothing."""
+        scale = self.scale.view(-1, *[1] * (self.weight.dim() - 1))
+        return torch.where(scale == 0, 0, self.weight / scale)
+
+
+def _gradients(
     model: nn.Module, anatomy: Anatomy, images: Tensor, labels: Tensor, counts: Tensor
-) -> dict[str, Tensor]:
-    """Return |dL/dw| / |w| of each row of each layer, {module: [rows]}. The model is left as it was.
+) -> dict[str, _Gradient]:
+    """Return the gradient of each layer, {module: ..}. The model is left as it was.
 
     counts: as how many samples one of each class counts, float32 [classes].
     """
-    twin, tasks = copy.deepcopy(model).eval().requires_grad_(False), tasks_apart(model)
-    masks = release_masks(network_of(twin))
-    weights = {
-        each.module: cast(Layer, network_of(twin).get_submodule(each.module)).weight.requires_grad_()
-        for each in anatomy.producers
+    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    network, norms = network_of(twin), followed_by_norm(anatomy)
+    masks = release_masks(network)
+    pairs = {
+        name: (cast(Layer, network.get_submodule(name)), network.get_submodule(norms[name]) if name in norms else None)
+        for name in dict.fromkeys(each.module for each in anatomy.producers)
     }
-    sums: dict[str, Tensor] = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    entries = [
+        each for layer, norm in pairs.values() for each in (layer.weight, _shift(layer, norm)) if each is not None
+    ]
+    sums = _sums(twin, entries, images, labels, counts / float(counts[labels].sum()))
+    found = {}
+    for name, (layer, norm) in pairs.items():
+        weight, shift, scale = sums[id(layer.weight)], sums.get(id(_shift(layer, norm))), _scale(layer, norm)
+        if norm is not None and norm.bias is None and shift is not None:
+            shift = torch.where(scale == 0, 0, shift / scale)
+        found[name] = _Gradient(weight * masks[name].cpu() if name in masks else weight, scale, shift)
+    return found
+
+
+def _shift(layer: Layer, norm: nn.Module | None) -> Tensor | None:
+    """Return what is added to the rows of a layer: by the norm behind it, if that adds anything."""
+    return layer.bias if norm is None or norm.bias is None else cast(Tensor, norm.bias)
+
+
+def _scale(layer: Layer, norm: nn.Module | None) -> Tensor:
+    """Return what the norm behind a layer, if there is one, multiplies its rows by, float32 [rows]."""
+    return torch.ones(len(layer.weight)) if norm is None else norm_scale(norm).float().cpu()
+
+
+def _sums(
+    model: nn.Module, entries: Sequence[Tensor], images: Tensor, labels: Tensor, counts: Tensor
+) -> dict[int, Tensor]:
+    """Return the gradient for entries of a model of the losses, each `counts` of its class, float32 by id."""
+    tasks, device = tasks_apart(model), device_of(model)
+    sums = [torch.zeros_like(each.requires_grad_()) for each in entries]
     for batch, target in zip(images.split(BATCH), labels.split(BATCH), strict=True):
-        answers = within_task(twin(batch.to(device_of(twin))), target, tasks)
-        losses = F.cross_entropy(answers, target.to(device_of(twin)), reduction="none")
-        loss = losses @ counts[target].to(losses)
-        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-        for name, gradient in zip(weights, found, strict=True):
+        answers = within_task(model(batch.to(device)), target, tasks)
+        losses = F.cross_entropy(answers, target.to(device), reduction="none")
+        found = torch.autograd.grad(losses @ counts[target].to(losses), entries, allow_unused=True)
+        for total, gradient in zip(sums, found, strict=True):
             if gradient is not None:
-                sums[name] += gradient
-    for name, mask in masks.items():
-        if name in sums:
-            sums[name] *= mask
-    total = float(counts[labels].sum())
-    lengths = {name: weight.detach().flatten(1).norm(dim=1).clamp_min(1e-12) for name, weight in weights.items()}
-    return {name: (each.flatten(1).norm(dim=1) / lengths[name] / total).cpu() for name, each in sums.items()}
+                total += gradient
+    return {id(entry): total.float().cpu() for entry, total in zip(entries, sums, strict=True)}
+
+
+def _gains(anatomy: Anatomy, gradients: Mapping[str, _Gradient], profile: Profile) -> dict[str, Tensor]:
+    """Return `guard.gains` of each row of each layer, {module: [rows]}. A layer called again reads all its inputs."""
+    found = {}
+    for name, gradient in gradients.items():
+        layer = cast(Layer, anatomy.graph.get_submodule(name))
+        calls = [each for each in anatomy.producers if each.module == name]
+        moment = torch.stack([window_moment(profile.window(each.name), layer) for each in calls]).sum(0)
+        found[name] = gains(gradient.folded(), gradient.shift, moment)
+    return found
 
 
 def _costs(network: nn.Module, anatomy: Anatomy) -> dict[str, Tensor]:

@@ -24,7 +24,8 @@ def exclusive(workspace: Workspace, *, wait_s: float = 0, what: str = "work") ->
     what: "work", what cycles and arrivals hold; or another name.
     wait_s: how long to wait for somebody else.
 
-    Raises BusyError when somebody else still holds it then, StageError when this user may not write it.
+    Raises BusyError when somebody else still holds it then, StageError when this user may not write it, or DVC does not
+    version this folder: a `.dvc/` that a lock had made would pass for a repository.
 
     >>> with exclusive(find_workspace()):  # doctest: +SKIP
     ...     pass
@@ -65,9 +66,12 @@ def _path(workspace: Workspace, what: str) -> Path:
 
 
 def _acquire(lock: FileLock, path: Path) -> None:
-    holder = path.with_suffix(".pid")
+    holder, dvc = path.with_suffix(".pid"), path.parents[1]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not dvc.is_dir():
+            fix = "dvc init, with --subdir in a folder of a larger repository"
+            raise StageError("this is no DVC repository", where=str(dvc.parent), fix=fix)
+        path.parent.mkdir(exist_ok=True)
         lock.acquire()
         holder.write_text(str(os.getpid()), encoding="utf-8")
     except Timeout:

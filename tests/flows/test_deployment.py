@@ -166,6 +166,7 @@ def ended(state: State) -> FlowRun:
 
 
 def test_a_run_that_found_the_workspace_busy_covers_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".dvc").mkdir()
     with exclusive(Workspace(tmp_path)), pytest.raises(BusyError) as busy, exclusive(Workspace(tmp_path)):
         pytest.fail("two at once")
     state = failed(busy.value)

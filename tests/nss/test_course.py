@@ -31,6 +31,10 @@ class Scripted(Course):
         return None if self.old_accuracies is None else self.old_accuracies[len(self.seen) - 1]
 
 
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters())
+
+
 def scripted(
     networks: ModuleType,
     new: list[float],
@@ -41,11 +45,10 @@ def scripted(
     model = networks.zoo_model("lenet")
     frozen = freeze(model, {"conv1": torch.arange(16) < 4})
     samples = Samples(networks.pictures(8), torch.arange(8) % 4)
-    # Asked once for the original, then after each of the ten steps of an epoch and once at its end.
-    values = iter([] if guards is None else guards[:1] + [value for value in guards[1:] for _ in range(11)])
+    values = iter(guards or [])  # asked for the original and at the end of each epoch
     guard = None if guards is None else lambda: torch.tensor(next(values))
     settings = Settings(len(new) - 1, 8, 0.01, 1.0, patience)
-    course = Scripted(frozen, samples, HUNDRED, None, None, guard, settings)
+    course = Scripted(frozen, samples, HUNDRED, None, None, guard, settings, adam(frozen))
     course.new, course.old_accuracies, course.seen = new, old, []
     return course, course.run(torch.Generator().manual_seed(0))
 
@@ -116,7 +119,9 @@ def test_a_step_sees_as_many_old_samples_as_new_ones_and_a_pass_every_new_one_on
     new = Samples(torch.arange(10.0).view(-1, 1, 1, 1), torch.arange(10) % 2)
     old = Samples(torch.arange(100.0, 105.0).view(-1, 1, 1, 1), torch.zeros(5, dtype=torch.int64))
     model = Counting()
-    course = Course(model, new, NONE, None, Memory(old, torch.zeros(5, 2), 0.0), None, Settings(1, 5, 0.001, 0.0, 2))
+    course = Course(
+        model, new, NONE, None, Memory(old, torch.zeros(5, 2), 0.0), None, Settings(1, 5, 0.001, 0.0, 2), adam(model)
+    )
     course.run(torch.Generator().manual_seed(0))
     steps = [batch for batch in model.seen if bool((batch >= 100).any())]
     assert len(steps) == course.steps == 10
@@ -129,7 +134,9 @@ def test_a_step_reads_bytes_and_floats_on_one_scale() -> None:
     new = Samples(torch.full((4, 1, 1, 1), 51, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
     old = Samples(torch.full((5, 1, 1, 1), 0.4), torch.zeros(5, dtype=torch.int64))
     model = Counting()
-    course = Course(model, new, NONE, None, Memory(old, torch.zeros(5, 2), 0.0), None, Settings(1, 4, 0.001, 0.0, 2))
+    course = Course(
+        model, new, NONE, None, Memory(old, torch.zeros(5, 2), 0.0), None, Settings(1, 4, 0.001, 0.0, 2), adam(model)
+    )
     course._step(torch.arange(4), torch.arange(4))
     torch.testing.assert_close(model.seen[0], torch.tensor([0.2] * 4 + [0.4] * 4))
 
@@ -137,19 +144,22 @@ def test_a_step_reads_bytes_and_floats_on_one_scale() -> None:
 def test_with_none_held_out_the_smallest_loss_on_all_new_samples_is_kept() -> None:
     """Both classes of one image pull against each other: every step away from the start is for the worse."""
     new = Samples(torch.ones(8, 1, 1, 1), torch.arange(8) % 2)
-    course = Course(Counting(), new, NONE, None, None, None, Settings(9, 4, 0.5, 0.0, 3))
+    model = Counting()
+    course = Course(model, new, NONE, None, None, None, Settings(9, 4, 0.5, 0.0, 3), adam(model))
     stopped = course.run(torch.Generator().manual_seed(0))
     assert course.kept == 0
     assert course.model.scale.tolist() == [1.0, 1.0]
     assert stopped == "no progress on new samples (too few to hold any out) for 3 epochs"
     easy = Samples(torch.ones(8, 1, 1, 1), torch.zeros(8, dtype=torch.int64))
-    course = Course(Counting(), easy, NONE, None, None, None, Settings(4, 4, 0.1, 0.0, 3))
+    model = Counting()
+    course = Course(model, easy, NONE, None, None, None, Settings(4, 4, 0.1, 0.0, 3), adam(model))
     assert course.run(torch.Generator().manual_seed(0)).startswith("all epochs done")
     assert course.kept == 4
 
 
 def test_a_loss_that_is_not_finite_is_an_error() -> None:
     new = Samples(torch.full((4, 1, 1, 1), float("inf")), torch.zeros(4, dtype=torch.int64))
-    course = Course(Counting(), new, NONE, None, None, None, Settings(1, 4, 0.1, 0.0, 1))
+    model = Counting()
+    course = Course(model, new, NONE, None, None, None, Settings(1, 4, 0.1, 0.0, 1), adam(model))
     with pytest.raises(ReadaptError, match="not finite"):
         course.run(torch.Generator())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 
 from nss.errors import ModelError
-from nss.model import find_factory
 from nss.model_spec import ModelSpec, Task, read_spec
 
 FULL = ModelSpec(
@@ -127,36 +125,3 @@ def test_fields_that_do_not_fit_each_other_are_refused(tmp_path: Path, changes: 
 def test_another_format_is_refused(tmp_path: Path, version: Any) -> None:
     with pytest.raises(ModelError, match="of a format that is known"):
         read_spec(write(tmp_path / "model.json", format=version))
-
-
-@pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """A package of the user's that imports what it needs, as all code does."""
-    code = (
-        "import functools\n"
-        "from subprocess import run\n"
-        "from nss.zoo import lenet\n"
-        "def make(num_classes):\n    return None\n"
-        "small = functools.partial(make, num_classes=2)\n"
-        "shell = functools.partial(run, ['ls'])\n"
-    )
-    (tmp_path / "factories_of_a_user.py").write_text(code)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return lambda name: f"factories_of_a_user:{name}"
-
-
-@pytest.mark.parametrize("name", ["make", "small", "lenet"])
-def test_what_an_allowed_package_defines_is_a_factory(package: Callable[[str], str], name: str) -> None:
-    assert callable(find_factory(package(name), ["factories_of_a_user"]))
-
-
-@pytest.mark.parametrize("name", ["run", "shell"])
-def test_what_an_allowed_package_only_imports_is_none(package: Callable[[str], str], name: str) -> None:
-    with pytest.raises(ModelError, match="imported from subprocess, which is not an allowed package") as caught:
-        find_factory(package(name), ["factories_of_a_user"])
-    assert caught.value.allowed == "nss.zoo, torchvision.models, factories_of_a_user"
-
-
-def test_what_torchvision_imports_to_download_weights_is_no_factory() -> None:
-    with pytest.raises(ModelError, match=r"imported from torch\.hub"):
-        find_factory("torchvision.models._api:load_state_dict_from_url")

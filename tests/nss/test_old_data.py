@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from nss.base import train
+from nss.contexts import seeded
 from nss.critical import critical_neurons
 from nss.data import Batch, Dataset
 from nss.errors import ExtendError, NssError, ReadaptError
 from nss.extend import extend
 from nss.grow import condense
-from nss.model import Classifier, build_model, device_of, model_digest, seeded
+from nss.model import Classifier, build_model, device_of, model_digest
 from nss.profile import Profile, profile
 from nss.readapt import readapt
 from nss.slice import SemanticSlices, semantic_slices

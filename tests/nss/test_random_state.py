@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from nss.base import train
+from nss.contexts import seeded
 from nss.critical import critical_neurons
 from nss.data import Dataset
 from nss.finetune import fine_tune
 from nss.grow import add_column, condense
-from nss.model import Classifier, build_model, load_model, save_model, seeded
+from nss.model import Classifier, build_model, load_model, save_model
 from nss.profile import profile
 from nss.slice import semantic_slices
 

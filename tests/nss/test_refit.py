@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from tiny_helpers import RGB, classifier, correlated, cut, error, first
 from torch import Tensor, nn
 
+from nss.contexts import evaluating
 from nss.merge import fold, readings
-from nss.model import Classifier, evaluating, model_digest
+from nss.model import Classifier, model_digest
 from nss.profile import profile
 from nss.refit import refit
 from nss.sites import find_sites

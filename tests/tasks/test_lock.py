@@ -84,7 +84,17 @@ def test_a_folder_in_place_of_the_lock_is_said_and_held_by_nobody(tmp_path: Path
     assert is_held(Workspace(tmp_path)) is False
 
 
+def test_where_dvc_versions_nothing_there_is_no_lock_and_nothing_is_left(tmp_path: Path) -> None:
+    with pytest.raises(StageError) as caught, exclusive(Workspace(tmp_path)):
+        pytest.fail("locked")
+    assert caught.value.what == "this is no DVC repository"
+    assert caught.value.where == str(tmp_path)
+    assert caught.value.fix == "dvc init, with --subdir in a folder of a larger repository"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_goes_wrong_under_the_lock_is_no_matter_of_the_lock(tmp_path: Path) -> None:
+    (tmp_path / ".dvc").mkdir()
     with pytest.raises(PermissionError), exclusive(Workspace(tmp_path)):
         raise PermissionError(errno.EACCES, "Permission denied", "photo.png")
     assert is_held(Workspace(tmp_path)) is False
@@ -94,6 +104,7 @@ def test_a_disk_without_room_for_the_lock_is_said_as_a_full_disk(tmp_path: Path,
     def refuse(self: Path, *_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(self))
 
+    (tmp_path / ".dvc").mkdir()
     monkeypatch.setattr("pathlib.Path.mkdir", refuse)
     with pytest.raises(StageError) as caught, exclusive(Workspace(tmp_path)):
         pytest.fail("locked")
@@ -125,6 +136,7 @@ def test_a_look_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_a_holder_keeps_its_name_when_somebody_looks_or_tries(tmp_path: Path) -> None:
+    (tmp_path / ".dvc").mkdir()
     workspace = Workspace(tmp_path)
     with exclusive(workspace):
         assert is_held(workspace) is True
