@@ -31,8 +31,8 @@ from nss.windows import window_moment
 
 # Of large images more at once would need more memory than training does.
 BATCH = 50
-# So many samples tell which neurons are pulled hardest: of 1000 they choose 94 to 97 % of the same ones. All of them
-# would cost as much as an epoch of training.
+# So many samples tell which neurons are worth most: of 1000 they choose 88 to 96 % of the same ones. All of them would
+# cost as much as an epoch of training.
 TELLING = 250
 
 

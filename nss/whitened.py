@@ -31,8 +31,8 @@ class _Rows:
     def pull(self) -> None:
         """Make the gradients of the entries those of the coordinates, with that of decay / 2 * |v|^2."""
         weight, shift = self.entries.weight, self.entries.shift
-        of_weight = _over(cast(Tensor, weight.grad).float(), self.entries.weight_unit)
-        of_shift = None if shift is None else _over(cast(Tensor, shift.grad).float(), self.entries.shift_unit)
+        of_weight = _over(_gradient(weight), self.entries.weight_unit)
+        of_shift = None if shift is None else _over(_gradient(shift), self.entries.shift_unit)
         found = self._solved(self._rows(of_weight, of_shift), upper=False)
         self.values.grad = found.add_(self.values, alpha=self._decay)
 
@@ -105,6 +105,11 @@ class WhitenedAdam(torch.optim.Adam):
         super().step()
         for each in self._each:
             each.push()
+
+
+def _gradient(entry: nn.Parameter) -> Tensor:
+    """Return the gradient, float32; zeros where the loss does not depend on the entry."""
+    return torch.zeros(entry.shape, device=entry.device) if entry.grad is None else entry.grad.float()
 
 
 def _over(rows: Tensor, units: Tensor) -> Tensor:

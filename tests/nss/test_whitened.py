@@ -215,3 +215,15 @@ def test_masked_weights_stay_zero(networks: ModuleType) -> None:
         moved = after.network.get_submodule(name).weight
         assert bool((moved[~mask] == 0).all())
         assert int((moved != pruned.network.get_submodule(name).weight).sum()) > 0
+
+
+def test_what_the_loss_does_not_depend_on_stays_where_it_is(networks: ModuleType) -> None:
+    torch.manual_seed(0)
+    images = networks.floats(12, SHAPE, 1)
+    frozen, optimizer, _ = begun(Lone().eval(), images)
+    before = frozen.head.free_weight.detach().clone(), frozen.conv.free_weight.detach().clone()
+    optimizer.zero_grad()
+    frozen.conv(images).square().mean().backward()  # the head has no part in it
+    optimizer.step()
+    assert torch.equal(frozen.head.free_weight, before[0])
+    assert not torch.equal(frozen.conv.free_weight, before[1])
