@@ -124,7 +124,7 @@ PROTOCOL = {
     "settings": f"full, last, deeparc: rates {WHOLE.rates[FULL]}, outside the main case {SMALL.rates[FULL]}, each with "
     "the statistics of the BatchNorms that they train fixed and moving; batchnorm: rates "
     f"{WHOLE.rates['batchnorm']}, {SMALL.rates['batchnorm']}; nss: rates {WHOLE.rates[OURS]}, {SMALL.rates[OURS]}, "
-    f"in spreads of what a neuron computes, with the guards {WHOLE.guards}, {SMALL.guards}",
+    f"of what a neuron computes, root mean square, with the guards {WHOLE.guards}, {SMALL.guards}",
     "baselines": f"full; last: the last {LAST} layers; batchnorm: scale, shift and statistics; deeparc: modules of "
     f"neighbours with a CKA above {THRESHOLD}, lowered until there are at most half as many modules as layers, the "
     "first layers of the modules trained",

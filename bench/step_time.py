@@ -48,7 +48,7 @@ def step_times(subject: Subject, share: float) -> list[Row]:
         "free, guarded": _stepper(frozen, images, labels, of_free),
     }
     found = interleaved(steps, REPEATS, WARM_UP)
-    trained = count_parameters(frozen) / count_parameters(subject.model)
+    trained = of_free.count / count_parameters(subject.model)
     shares = {FULL: 1.0, FIXED: 1.0}
     return [
         {

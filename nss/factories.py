@@ -63,7 +63,7 @@ def _settle(network: nn.Module, spec: ModelSpec) -> None:
             where=spec.factory,
             fix=f"make a network that takes images [n, {', '.join(map(str, spec.input_shape))}]",
         ) from problem
-    if lazy := [name for name, each in network.named_parameters() if is_lazy(each)]:
+    if lazy := [name for name, each in (*network.named_parameters(), *network.named_buffers()) if is_lazy(each)]:
         raise ModelError(
             "lazy layers that an image does not come through have no size",
             where=f"{spec.factory}: {', '.join(lazy)}",

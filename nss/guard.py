@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nss.anatomy import Anatomy
+from nss.errors import ReadaptError
 from nss.model import network_of
 from nss.profile import Profile
 from nss.rows import FreeNorm, FreeRows
@@ -19,6 +20,10 @@ from nss.windows import window_moment
 
 # Of the mean of the diagonal of the moments; ten times as much or as little chooses neurons that are as good.
 DAMPING = 0.1
+
+
+FAINTEST = 1e-12
+"""mean moment of a layer that old images leave without input"""
 
 
 @dataclass(frozen=True)
@@ -141,22 +146,42 @@ def gains(weight: Tensor, bias: Tensor | None, moment: Tensor) -> Tensor:
     added [rows], None where nothing is. moment: `windows.window_moment` of the layer, [groups, inputs + 1, inputs + 1].
     Returns the type of `weight`, [rows].
     """
-    gradient, moment = rows_with_bias((weight, bias), moment.shape[-1] - 1), moment.to(weight)
-    if bias is None:
-        gradient, moment = gradient[..., :-1], moment[..., :-1, :-1]
+    inputs = moment.shape[-1] - 1
+    gradient, moment = rows_with_bias((weight, bias), inputs), metric_of(moment.to(weight), weight, bias)
+    gradient = gradient[..., : moment.shape[-1]]
     columns = gradient.reshape(len(moment), -1, gradient.shape[-1]).mT
     solved: Tensor = torch.linalg.solve_triangular(root_of(moment), columns, upper=False)
     return len(weight) * solved.square().sum(-2).reshape(len(weight), -1).sum(1)
 
 
+def metric_of(moment: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the moment that rows of `rows_with_bias` are measured by, without what is added where nothing is.
+
+    Where inputs count apart, no row has weights and a bias: the mean of the inputs, which ties both, is left out.
+    """
+    if bias is None:
+        return moment[..., :-1, :-1]
+    if weight[0].numel() == moment.shape[-1] - 1:
+        return moment
+    apart = moment.clone()
+    apart[..., -1, :-1] = apart[..., :-1, -1] = 0
+    return apart
+
+
 def root_of(moment: Tensor) -> Tensor:
     """Return the lower triangle L with L L^T = G + d I, d DAMPING of the mean of the diagonal of G.
 
-    moment: G [.., n, n]. At the borders of maps, what is put together of lags may be none of second moments: then d is
-    ten times as much, and again, until there is such an L. Returns the shape and type of `moment`.
+    moment: G [.., n, n]. Rounded, it may be none of second moments: then d is ten times as much, and again, until there
+    is such an L. Returns the shape and type of `moment`. Raises ReadaptError when it is not finite.
     """
+    if not bool(moment.isfinite().all()):
+        raise ReadaptError(
+            "what a layer reads is not finite",
+            where="profile",
+            fix="profile this model, in single precision, on images without NaN or infinite numbers",
+        )
     one = torch.eye(moment.shape[-1]).to(moment)
-    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(torch.finfo(moment.dtype).tiny)
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(FAINTEST)
     damping, failed = DAMPING * mean, True
     while failed:
         factor, info = torch.linalg.cholesky_ex(moment + damping * one)

@@ -86,7 +86,7 @@ def readapt(
     categories: Sequence[str] | None = None,
     patience: int = 5,
 ) -> Readapted:
-    """Tune the critical neurons that the new samples pull hardest; every other number stays bit for bit what it was.
+    """Tune the critical neurons worth most to the new samples; every other number stays bit for bit what it was.
 
     slices: of this model; they say which neurons may be tuned (see `tunable_neurons`). new_data: a few labelled samples
     of the classes that the model knows. old_data: what it was made for, or a part; optional, never trained on unless
@@ -96,7 +96,7 @@ def readapt(
     share: of all weights, at most so many are trained. guard: weight of the guard in the loss; more keeps more of the
     old at the cost of the new, 0 needs no profile; it counts more, by the number of known classes over that of classes
     that the new samples show, since they say nothing about the others. learning_rate: the largest of a one-cycle
-    schedule of Adam, in spreads of what a neuron computes on old data (`WhitenedAdam`).
+    schedule of Adam; a step of 1 changes what a neuron computes on old data by 1, root mean square (`WhitenedAdam`).
     replay: share of the old training images that are trained on too, as many a step as new ones. distil: how much of
     their targets the original's answers are, 0 to 1. categories: the affected ones, default those of the new samples.
     patience: epochs without a better accuracy on held-out new samples after which to stop.
@@ -136,7 +136,9 @@ def readapt(
     frozen = freeze(model, neurons, shape)
     keeper = Guard(frozen, find_sites(network_of(model), shape).anatomy, known)
     optimizer = WhitenedAdam(keeper.terms, learning_rate, settings.guard)
-    course = Course(frozen, new, held_out, judged, memory, keeper, settings, optimizer, tasks)
+    # Made from new samples it says nothing of harm to old knowledge.
+    harm = keeper if old or known is profile else None
+    course = Course(frozen, new, held_out, judged, memory, harm, settings, optimizer, tasks)
     with seeded(seed, device_of(model)):  # dropout
         stopped = course.run(torch.Generator().manual_seed(seed))
     result, total = _dressed(model, thaw(frozen)), count_parameters(model)
@@ -248,6 +250,8 @@ def _known(
     guard: float,
 ) -> Profile:
     """Return the profile with what windows see together on old data; without a guard and old data, on new samples."""
+    if profile is not None and not (guard or profile.windows):
+        profile = None
     if profile is not None and (profile.model != model_digest(model) or not profile.windows):
         raise ReadaptError(
             "the profile is of another model, or does not say what windows see together",

@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 BLOCK = 16
 # With more rows or channels than this share, one kernel for all of them is faster than picking some out.
 MOST = 0.8
+# A row whose norm multiplies it by less than this share of what it does to the others is as good as not there.
+FAINT = 1e-4
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class Movable:
     """[rows]"""
     unmasked: Tensor | None
     """bool of the shape of `weight`: the others stay zero"""
+
+    def is_whole(self) -> bool:
+        """Say whether every entry moves what its row computes: none is masked, none lost in the norm behind it."""
+        units = (self.weight_unit, self.shift_unit)
+        return self.unmasked is None and all(bool((over(torch.ones_like(each), each) != 0).all()) for each in units)
 
 
 class FreeRows(nn.Module):
@@ -147,6 +154,16 @@ def norm_scale(norm: nn.Module) -> Tensor:
     gain, var = cast("Tensor | None", norm.weight), cast(Tensor, norm.running_var)
     scale = (var + cast(float, norm.eps)).rsqrt()
     return scale if gain is None else scale * gain.detach()
+
+
+def over(rows: Tensor, units: Tensor) -> Tensor:
+    """Divide each row by its unit. One of which next to nothing is handed on moves nothing: it would go anywhere.
+
+    rows: [rows, ..]; units: [rows].
+    """
+    faint = units.abs() <= FAINT * units.abs().median()
+    spread, faint = (each.view(-1, *[1] * (rows.dim() - 1)) for each in (units, faint))
+    return torch.where(faint, 0, rows / spread)
 
 
 def _fold(

@@ -19,7 +19,7 @@ from nss.freeze import followed_by_norm, head_of
 from nss.guard import gains
 from nss.model import device_of, network_of
 from nss.profile import Profile
-from nss.rows import norm_scale
+from nss.rows import norm_scale, over
 from nss.samples import spread
 from nss.sites import find_sites
 from nss.size import count_parameters
@@ -123,9 +123,8 @@ class _Gradient:
     """[rows], of what is added to a row behind that; None where nothing is"""
 
     def folded(self) -> Tensor:
-        """Return that of the weight with the norm folded in; a row that is multiplied by zero moves nothing."""
-        scale = self.scale.view(-1, *[1] * (self.weight.dim() - 1))
-        return torch.where(scale == 0, 0, self.weight / scale)
+        """Return that of the weight with the norm folded in."""
+        return over(self.weight, self.scale)
 
 
 def _gradients(
@@ -145,12 +144,12 @@ def _gradients(
     entries = [
         each for layer, norm in pairs.values() for each in (layer.weight, _shift(layer, norm)) if each is not None
     ]
-    sums = _sums(twin, entries, images, labels, counts / float(counts[labels].sum()))
+    sums = _means(twin, entries, images, labels, counts)
     found = {}
     for name, (layer, norm) in pairs.items():
         weight, shift, scale = sums[id(layer.weight)], sums.get(id(_shift(layer, norm))), _scale(layer, norm)
         if norm is not None and norm.bias is None and shift is not None:
-            shift = torch.where(scale == 0, 0, shift / scale)
+            shift = over(shift, scale)
         found[name] = _Gradient(weight * masks[name].cpu() if name in masks else weight, scale, shift)
     return found
 
@@ -165,10 +164,10 @@ def _scale(layer: Layer, norm: nn.Module | None) -> Tensor:
     return torch.ones(len(layer.weight)) if norm is None else norm_scale(norm).float().cpu()
 
 
-def _sums(
+def _means(
     model: nn.Module, entries: Sequence[Tensor], images: Tensor, labels: Tensor, counts: Tensor
 ) -> dict[int, Tensor]:
-    """Return the gradient for entries of a model of the losses, each `counts` of its class, float32 by id."""
+    """Return the gradient for entries of a model of the mean loss, each counting as `counts` of its class, by id."""
     tasks, device = tasks_apart(model), device_of(model)
     sums = [torch.zeros_like(each.requires_grad_()) for each in entries]
     for batch, target in zip(images.split(BATCH), labels.split(BATCH), strict=True):
@@ -178,7 +177,9 @@ def _sums(
         for total, gradient in zip(sums, found, strict=True):
             if gradient is not None:
                 total += gradient
-    return {id(entry): total.float().cpu() for entry, total in zip(entries, sums, strict=True)}
+    # Divided at the end: in half precision smaller gradients would vanish on their way.
+    whole = float(counts[labels].sum())
+    return {id(entry): total.float().cpu() / whole for entry, total in zip(entries, sums, strict=True)}
 
 
 def _gains(anatomy: Anatomy, gradients: Mapping[str, _Gradient], profile: Profile) -> dict[str, Tensor]:
@@ -188,7 +189,7 @@ def _gains(anatomy: Anatomy, gradients: Mapping[str, _Gradient], profile: Profil
         layer = cast(Layer, anatomy.graph.get_submodule(name))
         calls = [each for each in anatomy.producers if each.module == name]
         moment = torch.stack([window_moment(profile.window(each.name), layer) for each in calls]).sum(0)
-        found[name] = gains(gradient.folded(), gradient.shift, moment)
+        found[name] = torch.nan_to_num(gains(gradient.folded(), gradient.shift, moment))
     return found
 
 

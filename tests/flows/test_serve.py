@@ -55,6 +55,7 @@ def nss(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[s
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A workspace without data."""
+    (tmp_path / ".dvc").mkdir()
     (tmp_path / "dvc.yaml").write_text("stages: {}\n")
     (tmp_path / "champion.json").write_text('{"version": null}')
     return tmp_path

@@ -113,7 +113,8 @@ class Fake:
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
     commit(tmp_path, "one.dir")
-    (tmp_path / "inbox").mkdir()
+    for name in (".dvc", "inbox"):
+        (tmp_path / name).mkdir()
     return Workspace(tmp_path)
 
 

@@ -72,6 +72,14 @@ class Aside(Lazy):
         self.other = nn.LazyLinear(2)
 
 
+class AsideNorm(Lazy):
+    """One more norm, without parameters, that no image comes through."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.other = nn.LazyBatchNorm2d(affine=False)
+
+
 class Vectors(nn.Module):
     """Takes vectors of 7, no images."""
 
@@ -119,6 +127,9 @@ def test_a_lazy_layer_that_no_image_comes_through_is_named() -> None:
     with pytest.raises(ModelError, match="no size") as caught:
         build(Aside)
     assert caught.value.where == f"{HERE}:Aside: other.weight, other.bias"
+    with pytest.raises(ModelError, match="no size") as caught:
+        build(AsideNorm)
+    assert caught.value.where == f"{HERE}:AsideNorm: other.running_mean, other.running_var"
 
 
 def test_a_lazy_network_that_takes_no_such_image_is_refused_in_words() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
+from nss.errors import ReadaptError
 from nss.freeze import freeze
 from nss.guard import Guard, gains
 from nss.profile import Profile, profile
@@ -67,19 +68,30 @@ def test_each_row_of_a_grouped_convolution_is_measured_by_what_its_group_reads()
 
 
 def test_positions_of_a_wide_linear_layer_and_its_bias_add_up() -> None:
+    """Neither has a part in the other: no position has a bias of its own, as in the guard."""
     weight = torch.randn(2, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     shift, moment = torch.tensor([0.5, -2.0]).double(), moments(1, 5, 2)  # four channels at three positions
     found = gains(weight, shift, moment)
+    damping = 0.1 * moment[0].diagonal().mean()
+    metric = (moment[0, :4, :4] + damping * torch.eye(4)) / 2
     for row in range(2):
-        parts = [torch.cat([weight[row].view(4, 3)[:, place], torch.zeros(1).double()]) for place in range(3)]
-        parts.append(torch.cat([torch.zeros(4), shift[row : row + 1]]))
-        assert float(found[row]) == pytest.approx(sum(most(part, moment[0], 2) for part in parts), rel=1e-6)
+        places = weight[row].view(4, 3).T
+        expected = sum(place @ torch.linalg.solve(metric, place) for place in places)
+        expected = expected + shift[row] ** 2 / ((moment[0, 4, 4] + damping) / 2)
+        assert float(found[row]) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_what_is_none_of_second_moments_is_damped_until_it_could_be() -> None:
     moment = torch.tensor([[[1.0, 3.0], [3.0, 1.0]]])  # damped by 0.1 or 1 it still has no root, by 10 it has
     found = gains(torch.tensor([[1.0]]), torch.tensor([0.0]), moment)
     assert float(found) == pytest.approx(11 / (11 * 11 - 3 * 3))
+
+
+def test_moments_that_are_not_finite_are_refused() -> None:
+    for value in (float("nan"), float("inf")):
+        moment = torch.tensor([[[1.0, 0.0], [0.0, value]]])
+        with pytest.raises(ReadaptError, match="what a layer reads is not finite"):
+            gains(torch.tensor([[1.0]]), torch.tensor([0.0]), moment)
 
 
 def test_what_old_images_never_show_is_worth_something_and_not_everything() -> None:

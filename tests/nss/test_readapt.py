@@ -169,6 +169,11 @@ def test_without_a_guard_no_profile_is_needed_and_the_new_samples_stand_in_for_o
     found = profile(model, (trained.images, trained.labels), ("avg",), windows=1)
     given = readapt(model, slices, new, profile=found, guard=0, epochs=1)
     assert model_digest(alone.model) == model_digest(given.model) != model_digest(model)
+    assert all(each.guard is None for each in alone.report.curve)  # of old knowledge they say nothing
+    blind = profile(model, (trained.images, trained.labels), ("avg",))
+    assert model_digest(readapt(model, slices, new, profile=blind, guard=0, epochs=1).model) == model_digest(
+        alone.model
+    )
 
 
 def test_old_data_gives_the_guard_and_the_old_accuracy(kit: Kit, data: Dataset) -> None:

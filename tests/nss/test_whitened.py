@@ -16,7 +16,7 @@ from nss.profile import Profile, profile
 from nss.prune_weights import prune_weights
 from nss.sites import find_sites
 from nss.weight_masks import weight_masks
-from nss.whitened import WhitenedAdam
+from nss.whitened import WhitenedAdam, _Rows
 from nss.windows import window_moment
 
 SHAPE = (3, 6, 6)
@@ -227,3 +227,68 @@ def test_what_the_loss_does_not_depend_on_stays_where_it_is(networks: ModuleType
     optimizer.step()
     assert torch.equal(frozen.head.free_weight, before[0])
     assert not torch.equal(frozen.conv.free_weight, before[1])
+
+
+def test_of_masked_weights_only_what_moves_is_guarded(networks: ModuleType) -> None:
+    """The pull of the guard is the gradient of what it says of the change itself, by differences."""
+    pruned = prune_weights(networks.zoo_model("lenet"), "lamp", 0.6).eval()
+    images = networks.pictures(12)
+    found = profile(pruned, (images, torch.arange(12) % 4), ("avg",), gram=False, windows=1)
+    anatomy = find_sites(pruned.network, networks.SHAPE).anatomy
+    guard = Guard(freeze(pruned, {"conv1": torch.arange(16) < 2}), anatomy, found)
+    (term,) = guard.terms
+    rows = _Rows(term.layer, term.moment, 1.0)
+    assert term.layer.unmasked is not None
+    assert 0 < int(term.layer.unmasked.sum()) < term.layer.unmasked.numel()
+    metric = term.moment + DAMPING * term.moment.diagonal().mean() * torch.eye(26)
+    with torch.no_grad():
+        rows.values.copy_(torch.randn(rows.values.shape, generator=torch.Generator().manual_seed(1)))
+        before = [entry.clone() for entry in (term.layer.free_weight, term.layer.free_bias)]
+
+        def harm() -> float:
+            rows.push()
+            pairs = zip((term.layer.free_weight, term.layer.free_bias), before, strict=True)
+            weight, bias = (entry.double() - then.double() for entry, then in pairs)
+            change = torch.cat([weight.flatten(1), bias[:, None]], 1)
+            return float(torch.einsum("ri,ij,rj->", change, metric.double(), change)) / 2
+
+        held = rows._held()
+        for row, place in ((0, 0), (0, 25), (1, 7), (1, 13)):
+            values = []
+            for step_of in (0.01, -0.01):
+                rows.values[row, place] += step_of
+                values.append(harm())
+                rows.values[row, place] -= step_of
+            assert float(held[row, place]) == pytest.approx((values[0] - values[1]) / 0.02, rel=2e-2, abs=1e-3)
+
+
+def test_positions_of_a_wide_linear_layer_and_its_bias_are_white_apart(
+    networks: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nss.windows.WIDEST", 8)
+    network = networks.zoo_model("vgg_small").network.eval()
+    images = networks.floats(8, networks.SHAPE, 1)
+    found, anatomy = known(network, images), find_sites(network, networks.SHAPE).anatomy
+    frozen = freeze(network, {"hidden": torch.arange(256) < 2}, networks.SHAPE)
+    optimizer = WhitenedAdam(Guard(frozen, anatomy, found).terms, RATE, GUARD)
+    moment = window_moment(found.window("hidden"), network.hidden)[0].clone()
+    moment[-1, :-1] = moment[:-1, -1] = 0
+    hidden = frozen.hidden
+    places = hidden.free_weight.shape[1] // 128
+    assert places > 1
+    starts = torch.cat([hidden.free_weight.detach().unflatten(1, (128, places)), torch.zeros(2, 1, places)], 1)
+    parts = {
+        (row, place): Written(starts[row, :, place], torch.ones(129), moment, 256)
+        for row in range(2)
+        for place in range(places)
+    }
+    biases = hidden.free_bias.detach().clone()
+    step(frozen, optimizer, images)
+    gradient = hidden.free_weight.grad.unflatten(1, (128, places))
+    moved = hidden.free_weight.detach().unflatten(1, (128, places))
+    for (row, place), written in parts.items():
+        expected = written.step(torch.cat([gradient[row, :, place], torch.zeros(1)]), 1)
+        np.testing.assert_allclose(moved[row, :, place], expected[:-1], rtol=2e-3, atol=5e-4)
+    scale = float((moment[-1, -1] + DAMPING * moment.diagonal().mean()) ** 0.5)
+    expected_bias = biases - RATE / scale * hidden.free_bias.grad.sign()
+    torch.testing.assert_close(hidden.free_bias.detach(), expected_bias, rtol=1e-3, atol=1e-4)
