@@ -52,8 +52,8 @@ from bench.readapt_points import (
 )
 from bench.step_time import BATCH as STEP_BATCH
 from bench.step_time import REPEATS, step_times
-from nss.guard import DAMPING
 from nss.model import model_digest
+from nss.moments import DAMPING
 from nss.tunable import TELLING
 
 STEP_TIME = "nss.zoo:vgg_small"

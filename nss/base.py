@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from nss.data import Data, val_part
 from nss.errors import ModelError, first_line
 from nss.model import Classifier, device_of
 from nss.predict import accuracy
-from nss.steps import Schedule, sgd, step, training_images
+from nss.steps import Schedule, sgd, step, training_images, training_logits
 
 # Two, so that an answer without an axis of images is told from one with it.
 _BLANKS = 2
@@ -74,7 +75,7 @@ def train(
 
 
 def require_logits(model: Classifier) -> None:
-    """Raise ModelError unless the model, in evaluation mode, answers images with one logit a class.
+    """Raise ModelError unless the model answers images with one logit a class, and in training mode with logits alone.
 
     Training goes well with more logits than classes, and what compares them with the labels comes long after it.
 
@@ -85,6 +86,8 @@ def require_logits(model: Classifier) -> None:
     fix = "give its last layer `num_classes` outputs; where the factory names them otherwise, set them in `arguments`"
     if isinstance(answer, Tensor):
         if tuple(answer.shape) == (_BLANKS, count):
+            with seeded(0, device_of(model)), torch.no_grad():
+                training_logits(copy.deepcopy(model).train(), _blanks(model))
             return
         what = f"the network answers {list(answer.shape)}, the data has {count} classes"
     else:
@@ -94,16 +97,19 @@ def require_logits(model: Classifier) -> None:
 
 
 def _answer_to_blanks(model: Classifier) -> object:
-    shape = model.spec.input_shape
     try:
         with evaluating(model), torch.no_grad():
-            return model(torch.zeros(_BLANKS, *shape, dtype=torch.uint8, device=device_of(model)))
+            return model(_blanks(model))
     except Exception as problem:
         raise ModelError(
-            f"the network does not take a {shape} image: {first_line(problem)}",
+            f"the network does not take a {model.spec.input_shape} image: {first_line(problem)}",
             where=model.spec.factory,
             fix="name a network that does, or add the images in its size (nss data add --resize)",
         ) from problem
+
+
+def _blanks(model: Classifier) -> Tensor:
+    return torch.zeros(_BLANKS, *model.spec.input_shape, dtype=torch.uint8, device=device_of(model))
 
 
 def _epoch(

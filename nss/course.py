@@ -181,8 +181,7 @@ class Course:
 
     def _judge(self, epoch: int, loss: float | None) -> bool:
         """Note what an epoch came to. Returns whether it is better on new samples than all before."""
-        with torch.no_grad():
-            guard = None if self.guard is None else float(self.guard())
+        guard = None if self.guard is None else self.guard()
         new, old = self._accuracy(self.held_out), self._accuracy(self.old)
         self.curve.append(ReadaptEpoch(epoch, loss, guard, new, old))
         merit = new if new is not None else -self._objective(guard or 0.0)

@@ -107,6 +107,8 @@ def _missing(factory: str, module: str, error: Exception) -> ModelError:
         fix = _hidden(name) or f"pip install {name}, or put it beside params.yaml if it is yours"
         return ModelError(f"{module} imports {name}, which is not installed", where=factory, fix=fix)
     fix = _hidden(name) or f"put {name} beside params.yaml, or install its package" if name else ""
+    if isinstance(error, ImportError) and not name:
+        fix = f"correct what {module} imports, or install a version that has it"
     return ModelError(f"the factory does not exist: {error}", where=factory, allowed="package.module:callable", fix=fix)
 
 

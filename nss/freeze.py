@@ -187,6 +187,13 @@ def _check_alike(model: nn.Module, frozen: nn.Module, shape: Sequence[int]) -> N
             where=", ".join(missed),
             fix="call the registered module, not one that a list or an attribute of another kind holds",
         )
+    if not isinstance(expected, Tensor):
+        raise SiteError(
+            f"the network answers a {type(expected).__name__}",
+            where=type(model).__name__,
+            allowed="one tensor",
+            fix="return the logits alone from its forward",
+        )
     slack = 10 * torch.finfo(like.dtype).eps ** 0.5 * (1 + float(expected.abs().max()))
     if not bool(((found - expected).abs() <= slack).all()):
         raise SiteError(

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from nss.apply import apply_plan
 from nss.data import Data, train_part, val_part
-from nss.errors import RestructureError
+from nss.errors import DataError, RestructureError
 from nss.evaluate import evaluate
 from nss.finetune import fine_tune
 from nss.latency import LATENCY_BATCH, measured_latency
@@ -164,6 +164,12 @@ def restructure(
     if len(budget) != 1:
         raise RestructureError(
             f"{len(budget)} budgets are given", where=", ".join(budget), allowed=" or ".join(BUDGETS)
+        )
+    if isinstance(data, Iterator):
+        raise DataError(
+            "an iterator of batches can be read only once",
+            where="data",
+            fix="give a list of batches, a DataLoader or a Dataset",
         )
     if fine_tune_steps:
         trainable(model.parameters())

@@ -71,7 +71,7 @@ def step(
     label's own task. Raises ModelError for answers that are more than logits, labels outside the logits and a loss that
     is not finite.
     """
-    logits = _logits(model, images)
+    logits = training_logits(model, images)
     if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
         raise ModelError(f"labels up to {int(labels.max())}", allowed=f"0 to {logits.shape[1] - 1}: one a logit")
     logits = within_task(logits, labels, tasks)
@@ -81,8 +81,11 @@ def step(
     return descend(loss, optimizer, schedule), int((logits.argmax(1) == labels).sum())
 
 
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Some networks answer with the logits of auxiliary heads beside their own, in training mode only."""
+def training_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the answer of a model in training mode, [n, classes]; raise ModelError when it is more than logits.
+
+    Some networks answer with the logits of auxiliary heads beside their own, in training mode only.
+    """
     answer = model(images)
     if not isinstance(answer, Tensor):
         raise ModelError(

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from nss.anatomy import Anatomy
 from nss.errors import ReadaptError
 from nss.freeze import followed_by_norm, head_of
-from nss.guard import gains
+from nss.guard import seen_by
 from nss.model import device_of, network_of
+from nss.moments import gains, moments_of
 from nss.profile import Profile
 from nss.rows import norm_scale, over
 from nss.samples import spread
@@ -27,7 +28,6 @@ from nss.slice import SemanticSlices
 from nss.surgery import Layer
 from nss.told import tasks_apart, within_task
 from nss.weight_masks import release_masks
-from nss.windows import window_moment
 
 # Of large images more at once would need more memory than training does.
 BATCH = 50
@@ -48,17 +48,17 @@ def tunable_neurons(
     """Choose the neurons to tune on new samples, within a budget of weights over all layers.
 
     A neuron's score is what the loss on the new samples can fall by where the guard of old behaviour allows it, for
-    each weight that tuning it takes (`guard.gains`), times the share of the new samples in whose slice it is critical:
-    a neuron that is critical in no affected slice is never tuned, one that is critical in many comes first. A class
-    score is critical in the slice of its class.
+    each weight that tuning it takes (`nss.moments.gains`), times the share of the new samples in whose slice it is
+    critical: a neuron that is critical in no affected slice is never tuned, one that is critical in many comes first. A
+    class score is critical in the slice of its class.
     Neurons are taken from the highest score down until the next does not fit; ties go to the earlier layer and index.
     The gradient is that of about 250 of the samples, as many of each class, which count as many as there are.
     images: as the model takes them [n, c, h, w]; labels: int64 [n]. share: of all weights of the model, 0 to 1.
     profile: of this model on old data, with `windows`. categories: those that are affected, default all that have
     samples. Returns {layer: bool [neurons]}, which `freeze` takes.
     Source: NeuSemSlice, arXiv 2407.20281, section 3; the gains are ours (docs/readapt.md).
-    Raises ReadaptError when the slices are not of this model, or the budget is too small for a single neuron,
-    ProfileError when the profile has no windows.
+    Raises ReadaptError when the slices are not of this model, the moments are not finite, or the budget is too small
+    for a single neuron, ProfileError when the profile has no windows.
 
     >>> free = tunable_neurons(model, slices, images, labels, share=0.2, profile=profile)
     >>> int(free["conv1"].sum())
@@ -123,8 +123,9 @@ class _Gradient:
     """[rows], of what is added to a row behind that; None where nothing is"""
 
     def folded(self) -> Tensor:
-        """Return that of the weight with the norm folded in."""
-        return over(self.weight, self.scale)
+        """Return that of the rows with the norm folded in, and of what is added, if anything: [rows, inputs + 1]."""
+        rows = over(self.weight, self.scale).flatten(1)
+        return rows if self.shift is None else torch.cat([rows, self.shift[:, None]], 1)
 
 
 def _gradients(
@@ -183,13 +184,13 @@ def _means(
 
 
 def _gains(anatomy: Anatomy, gradients: Mapping[str, _Gradient], profile: Profile) -> dict[str, Tensor]:
-    """Return `guard.gains` of each row of each layer, {module: [rows]}. A layer called again reads all its inputs."""
+    """Return `moments.gains` of each row of each layer, {module: [rows]}."""
     found = {}
     for name, gradient in gradients.items():
-        layer = cast(Layer, anatomy.graph.get_submodule(name))
-        calls = [each for each in anatomy.producers if each.module == name]
-        moment = torch.stack([window_moment(profile.window(each.name), layer) for each in calls]).sum(0)
-        found[name] = torch.nan_to_num(gains(gradient.folded(), gradient.shift, moment))
+        layer, rows = cast(Layer, anatomy.graph.get_submodule(name)), torch.arange(len(gradient.weight))
+        shifted = gradient.shift is not None
+        moments = moments_of(seen_by(anatomy, profile, name), layer, rows, shifted=shifted)
+        found[name] = torch.nan_to_num(gains(gradient.folded(), moments, len(rows)))
     return found
 
 

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from nss.guard import Term, metric_of, root_of, rows_with_bias, weight_and_bias
-from nss.rows import FreeRows, Movable, over
+from nss.guard import Term
+from nss.rows import Movable, over
 
 
 class _Rows:
-    """The free rows x of a layer in coordinates v = (x - start) L, L L^T the damped moment of what they read."""
+    """The free rows x of a layer in coordinates v = L^T (x - start), L of `moments.Moments`."""
 
-    def __init__(self, layer: FreeRows, moment: Tensor, decay: float) -> None:
-        self.entries: Movable = layer.movable()
+    def __init__(self, term: Term, decay: float) -> None:
+        self.entries: Movable = term.layer.movable()
         self._decay = decay
         weight, shift = self.entries.weight, self.entries.shift
         self._start = [None if each is None else each.detach().clone() for each in (weight, shift)]
-        self._inputs = moment.shape[-1] - 1
-        self._root = root_of(metric_of(moment, weight, shift).cpu().float()).to(weight.device)
+        is_bare = shift is None and term.layer.effective()[1] is not None
+        self._moments = term.moments.bare() if is_bare else term.moments
         places = self._places()
         self.values = nn.Parameter(torch.zeros_like(places))
         self._movable = None if self.entries.is_whole() else places
@@ -32,19 +31,17 @@ class _Rows:
         weight, shift = self.entries.weight, self.entries.shift
         of_weight = over(_gradient(weight), self.entries.weight_unit.float())
         of_shift = None if shift is None else over(_gradient(shift), self.entries.shift_unit.float())
-        found = self._solved(self._rows(of_weight, of_shift), upper=False)
+        found = self._moments.whiten(_rows(of_weight, of_shift))
         self.values.grad = found.add_(self._held(), alpha=self._decay)
 
     def push(self) -> None:
         """Move the entries to where the coordinates are."""
-        weight, shift = self.entries.weight, self.entries.shift
-        change = self._change()
-        if shift is None:
-            change = torch.cat([change, torch.zeros_like(change[..., :1])], -1)
-        of_weight, of_shift = weight_and_bias(change, weight.shape)
-        weight.copy_(cast(Tensor, self._start[0]) + over(of_weight, self.entries.weight_unit.float()))
+        weight, shift, change = self.entries.weight, self.entries.shift, self._change()
+        count = weight[0].numel()
+        of_weight = over(change[:, :count].view_as(weight), self.entries.weight_unit.float())
+        weight.copy_(cast(Tensor, self._start[0]) + of_weight)
         if shift is not None:
-            shift.copy_(cast(Tensor, self._start[1]) + over(of_shift, self.entries.shift_unit.float()))
+            shift.copy_(cast(Tensor, self._start[1]) + over(change[:, count], self.entries.shift_unit.float()))
 
     def _places(self) -> Tensor:
         """Return for each row and input 1 where it moves what the row computes, 0 where masked or not handed on."""
@@ -52,31 +49,18 @@ class _Rows:
         ones = torch.ones_like(weight) if self.entries.unmasked is None else self.entries.unmasked.to(weight)
         of_weight = (over(ones, self.entries.weight_unit) != 0).float()
         of_shift = None if shift is None else (over(torch.ones_like(shift), self.entries.shift_unit) != 0).float()
-        return self._rows(of_weight, of_shift)
+        return _rows(of_weight, of_shift)
 
     def _change(self) -> Tensor:
         """Return how far the entries are from where they began, in what the rows compute."""
-        change = self._solved(self.values.detach(), upper=True)
+        change = self._moments.colour(self.values.detach())
         return change if self._movable is None else change * self._movable
 
     def _held(self) -> Tensor:
         """Return half of the gradient of |v|^2, v that of what moved: what cannot move must not make up for it."""
         if self._movable is None:
             return self.values.detach()
-        change = self._change()[:, None] if self._root.dim() == 3 else self._change()
-        weighed = (change @ self._root @ self._root.mT).reshape(self._movable.shape)
-        return self._solved(weighed * self._movable, upper=False)
-
-    def _rows(self, weight: Tensor, shift: Tensor | None) -> Tensor:
-        rows = rows_with_bias((weight.float(), shift), self._inputs)
-        return rows[..., :-1] if shift is None else rows
-
-    def _solved(self, rows: Tensor, *, upper: bool) -> Tensor:
-        """Return L^-1 x, or where `upper` L^-T x, for each row x; L is one for all rows, or one for each."""
-        triangle = self._root.mT if upper else self._root
-        columns = rows[..., None] if triangle.dim() == 3 else rows.reshape(-1, rows.shape[-1]).mT
-        found: Tensor = torch.linalg.solve_triangular(triangle, columns, upper=upper)
-        return found[..., 0] if triangle.dim() == 3 else found.mT.reshape(rows.shape)
+        return self._moments.whiten(self._moments.damped_times(self._change()) * self._movable)
 
 
 class WhitenedAdam(torch.optim.Adam):
@@ -93,16 +77,9 @@ class WhitenedAdam(torch.optim.Adam):
     >>> optimizer = WhitenedAdam(guard.terms, 0.002, guard=1.0)
     """
 
-    def __init__(self, terms: Iterable[Term], learning_rate: float, guard: float) -> None:
-        layers: dict[FreeRows, list[Term]] = defaultdict(list)
-        for term in terms:
-            layers[term.layer].append(term)
-        self._layers = list(layers)
-        self._each = [
-            # A layer that is called again has a term for each call.
-            _Rows(layer, torch.stack([each.moment for each in own]).sum(0), 2 * guard / own[0].outputs)
-            for layer, own in layers.items()
-        ]
+    def __init__(self, terms: Sequence[Term], learning_rate: float, guard: float) -> None:
+        self._layers = [term.layer for term in terms]
+        self._each = [_Rows(term, 2 * guard / term.outputs) for term in terms]
         super().__init__([each.values for each in self._each], learning_rate)
 
     @property
@@ -117,6 +94,7 @@ class WhitenedAdam(torch.optim.Adam):
             layer.zero_grad(set_to_none)
 
     @torch.no_grad()
+    # The stub overloads it by whether a closure is given; none is taken here.
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take a step against the gradients of the model's entries."""
         for each in self._each:
@@ -129,3 +107,9 @@ class WhitenedAdam(torch.optim.Adam):
 def _gradient(entry: nn.Parameter) -> Tensor:
     """Return the gradient, float32; zeros where the loss does not depend on the entry."""
     return torch.zeros(entry.shape, device=entry.device) if entry.grad is None else entry.grad.float()
+
+
+def _rows(weight: Tensor, shift: Tensor | None) -> Tensor:
+    """Return float32 [rows, inputs + 1], or [rows, inputs] where nothing is added."""
+    flat = weight.float().reshape(len(weight), -1)
+    return flat if shift is None else torch.cat([flat, shift.float()[:, None]], 1)

@@ -18,6 +18,9 @@ from nss.surgery import Layer
 
 WIDEST = 4608
 """inputs of a linear layer up to which they are taken together; beyond, positions of a flattened map count apart"""
+WIDE = 1152
+"""inputs of a kernel of several positions up to which they are taken together, 128 channels at 3 x 3; beyond, channels
+and positions count apart: a step in their coordinates would take longer than the network does on small maps"""
 
 Lag = tuple[int, ...]
 
@@ -59,17 +62,17 @@ def window_moment(mean: Tensor, layer: Layer) -> Tensor:
     """Return E[z z^T] of what a window of `layer` sees, z all channels at all kernel positions and a last one for bias.
 
     mean: `correlations` over the number of positions. Returns [groups, inputs + 1, inputs + 1] of its type, inputs in
-    the order of a flattened row of the layer's weight. For a linear layer whose inputs count apart, of the channels.
+    the order of a flattened row of the layer's weight. Not for wide layers (`is_wide`).
     """
     by_lag = dict(zip(lags_of(layer), mean, strict=True))
     kernel, (groups, size) = _kernel(layer), mean.shape[1:3]
-    places = list(itertools.product(*(range(0, size * step, step) for size, step in kernel)))
+    places = _places(layer)
     centre, channels = tuple(size // 2 * step for size, step in kernel), size - 1
     result = mean.new_zeros(groups, channels, len(places), channels, len(places))
     ones = mean.new_zeros(groups, channels, len(places))
     for (row, first), (column, second) in itertools.product(enumerate(places), repeat=2):
-        lag = tuple(b - a for a, b in zip(first, second, strict=True))
-        both = by_lag[lag] if lag in by_lag else by_lag[tuple(-part for part in lag)].mT
+        lag = _minus(second, first)
+        both = by_lag[lag] if lag in by_lag else by_lag[_minus(first, second)].mT
         result[:, :, row, :, column] = both[:, :-1, :-1]
         if first == centre:
             ones[:, :, column] = both[:, -1, :-1]
@@ -79,6 +82,30 @@ def window_moment(mean: Tensor, layer: Layer) -> Tensor:
     whole[:, -1, :-1] = whole[:, :-1, -1] = ones.reshape(groups, inputs)
     whole[:, -1, -1] = mean[0, :, -1, -1]
     return whole
+
+
+def is_wide(layer: Layer, channels: int) -> bool:
+    """Say whether channels, so many that one row reads, and positions are to be taken apart."""
+    inputs = layer.weight[0].numel()
+    return inputs > channels and (isinstance(layer, nn.Linear) or inputs > WIDE)
+
+
+def position_moment(mean: Tensor, layer: Layer) -> Tensor:
+    """Return what positions of a kernel do together, over all channels: [positions, positions], the type of `mean`.
+
+    Each with itself is 1, or 0 where nothing is read. Positions of a flattened map have nothing in common.
+    mean: `correlations` over the number of positions.
+    """
+    if isinstance(layer, nn.Linear):
+        return torch.eye(layer.weight.shape[1] // (mean.shape[-1] - 1)).to(mean)
+    power = mean[..., :-1, :-1].diagonal(dim1=-2, dim2=-1).sum((1, 2))
+    shares = torch.where(power[0] > 0, power / power[0], 0)
+    by_lag = dict(zip(lags_of(layer), shares, strict=True))
+    places = torch.tensor(_places(layer))
+    lags, which = (places - places[:, None]).flatten(0, 1).unique(dim=0, return_inverse=True)
+    # Either of two opposite lags: the trace of a matrix is that of its transpose.
+    of_lags = torch.stack([by_lag[max(tuple(lag), tuple(-part for part in lag))] for lag in lags.tolist()])
+    return of_lags[which].view(len(places), len(places))
 
 
 def together(layer: Layer, channels: int) -> int:
@@ -92,6 +119,15 @@ def _kernel(layer: Layer) -> list[tuple[int, int]]:
     if isinstance(layer, nn.Linear):
         return [(1, 1)]
     return list(zip(layer.kernel_size, layer.dilation, strict=True))
+
+
+def _places(layer: Layer) -> list[Lag]:
+    """Return the positions of a kernel in pixels, in the order of a flattened kernel."""
+    return list(itertools.product(*(range(0, size * step, step) for size, step in _kernel(layer))))
+
+
+def _minus(one: Lag, other: Lag) -> Lag:
+    return tuple(a - b for a, b in zip(one, other, strict=True))
 
 
 def _rows(x: Tensor, layer: Layer, channels: int) -> Tensor:

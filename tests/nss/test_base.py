@@ -232,6 +232,24 @@ def test_a_network_that_does_not_answer_one_logit_a_class_is_refused(network: nn
     assert (caught.value.where, fix in caught.value.fix) == ("nss.zoo:lenet", True)
 
 
+class Auxiliary(Answering):
+    """Answers with a second head's logits too, in training mode."""
+
+    def forward(self, images: Tensor) -> object:
+        logits = F.dropout(self.norm(self.head(images.flatten(1))), training=self.training)
+        return (logits, logits) if self.training else logits
+
+
+def test_a_network_that_answers_more_than_logits_in_training_is_refused_before_it_is_trained() -> None:
+    model = Classifier(Auxiliary(2), fresh().spec).eval()
+    before, state = model_digest(model), torch.get_rng_state()
+    with pytest.raises(ModelError, match="Auxiliary answers a tuple in training mode"):
+        require_logits(model)
+    assert model_digest(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module.training for module in model.modules())
+
+
 def test_looking_at_the_answer_of_a_network_leaves_it_as_it_was() -> None:
     model = Classifier(Answering(2), fresh().spec)
     before = model_digest(model)

@@ -33,6 +33,16 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
     return lambda name: f"factories_of_a_user:{name}"
 
 
+def test_a_name_that_a_factorys_module_imports_in_vain_is_told_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nets_importing_a_name.py").write_text("from nss.zoo import no_such_net\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModelError, match=r"cannot import name 'no_such_net' from 'nss\.zoo'") as caught:
+        find_factory("nets_importing_a_name:Net", ["nets_importing_a_name"])
+    assert caught.value.fix == "correct what nets_importing_a_name imports, or install a version that has it"
+
+
 @pytest.mark.parametrize("name", ["make", "small", "lenet"])
 def test_what_an_allowed_package_defines_is_a_factory(package: Callable[[str], str], name: str) -> None:
     assert callable(find_factory(package(name), ["factories_of_a_user"]))

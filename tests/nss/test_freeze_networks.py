@@ -125,3 +125,15 @@ def test_a_copy_that_would_answer_otherwise_is_refused() -> None:
 
     with pytest.raises(SiteError, match="frozen, the network answers otherwise"):
         freeze(Random(), FREE, SHAPE)
+
+
+class Wrapped(Plain):
+    """Answers a dict."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": super().forward(x)}
+
+
+def test_a_network_that_answers_more_than_a_tensor_is_refused() -> None:
+    with pytest.raises(SiteError, match=r"the network answers a dict[\s\S]*Wrapped[\s\S]*return the logits alone"):
+        freeze(Wrapped(), FREE, SHAPE)

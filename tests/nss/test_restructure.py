@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import nss
+from nss.data import iter_batches
 from nss.errors import ModelError, RestructureError
 from nss.ingest import demo
 
@@ -203,6 +204,15 @@ def test_fine_tuning_without_a_weight_to_train_is_refused_before_the_work_begins
     with pytest.raises(ModelError, match="no parameter requires a gradient") as caught:
         nss.restructure(frozen, slices, digits, macs=0.5, fine_tune_steps=1)
     assert caught.value.fix == "model.requires_grad_(True)"
+
+
+def test_an_iterator_of_batches_is_refused_before_a_profile_reads_it(
+    trained: nss.Classifier, slices: nss.SemanticSlices, digits: nss.Dataset
+) -> None:
+    batches = iter_batches(digits.split("train"), 32)
+    with pytest.raises(nss.NssError, match=r"only once[\s\S]*a list of batches, a DataLoader or a Dataset"):
+        nss.restructure(trained, slices, batches, macs=0.5)
+    assert len(list(batches)) > 1
 
 
 def test_fine_tuning_that_loses_accuracy_is_not_kept(

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from nss.errors import ReadaptError
 from nss.freeze import freeze
-from nss.guard import gains
 from nss.model import model_digest
+from nss.moments import gains, moments_of
 from nss.profile import Profile, profile
 from nss.sites import find_sites
 from nss.size import count_parameters
 from nss.slice import SemanticSlice, SemanticSlices
 from nss.tunable import tunable_neurons
-from nss.windows import window_moment
 
 LAYERS = (nn.Conv2d, nn.Linear)
 
@@ -55,8 +54,10 @@ def worth(model: nn.Module, found: Profile, layers: list[str], images: Tensor, l
     values = {}
     for name in layers:
         layer = twin.network.get_submodule(name)
-        moment = window_moment(found.window(name), layer)
-        values[name] = gains(layer.weight.grad, layer.bias.grad, moment) / (layer.weight[0].numel() + 1)
+        count = len(layer.weight)
+        moments = moments_of(found.window(name), layer, torch.arange(count), shifted=True)
+        gradient = torch.cat([layer.weight.grad.flatten(1), layer.bias.grad[:, None]], 1)
+        values[name] = gains(gradient, moments, count) / (layer.weight[0].numel() + 1)
     return values
 
 

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nss.freeze import freeze, thaw
-from nss.guard import DAMPING, Guard
+from nss.guard import Guard
+from nss.moments import DAMPING
 from nss.profile import Profile, profile
 from nss.prune_weights import prune_weights
 from nss.sites import find_sites
 from nss.weight_masks import weight_masks
 from nss.whitened import WhitenedAdam, _Rows
-from nss.windows import window_moment
+from nss.windows import position_moment, window_moment
 
 SHAPE = (3, 6, 6)
 RATE, GUARD = 0.05, 3.0
@@ -47,13 +48,26 @@ def step(frozen: nn.Module, optimizer: WhitenedAdam, images: Tensor) -> None:
 class Written:
     """One row, its shift last: Adam on v, row = start + (v L^-1) / unit, of the loss and guard |v|^2 / outputs."""
 
-    def __init__(self, start: Tensor, units: Tensor, moment: Tensor, outputs: int) -> None:
+    def __init__(self, start: Tensor, units: Tensor, moment: Tensor | np.ndarray, outputs: int) -> None:
         self.outputs = outputs
-        metric = moment.double().numpy()
+        metric = np.asarray(moment, dtype=float)
         metric = metric + DAMPING * np.diag(metric).mean() * np.eye(len(metric))
         self.inverse = np.linalg.inv(np.linalg.cholesky(metric))
         self.start, self.units = start.double().numpy(), units.double().numpy()
         self.v = self.mean = self.square = np.zeros(len(metric))
+
+    @classmethod
+    def apart(cls, start: Tensor, channels: Tensor, positions: np.ndarray, outputs: int) -> Written:
+        """A row of a wide layer: the root by eigenvectors of channels and of positions; a shift, if any, by itself."""
+        n = len(channels) - 1
+        of_channels, u = np.linalg.eigh(channels[:n, :n].double().numpy())
+        of_positions, w = np.linalg.eigh(positions)
+        values = np.append(np.kron(of_channels, of_positions), float(channels[n, n]))[: len(start)]
+        row = cls(start, torch.ones(len(start)), np.eye(len(start)), outputs)
+        axes = np.eye(len(start))
+        axes[: n * len(positions), : n * len(positions)] = np.kron(u, w)
+        row.inverse = (axes / np.sqrt(values + DAMPING * values.mean())).T
+        return row
 
     def step(self, gradient: Tensor, number: int) -> np.ndarray:
         g = (gradient.double().numpy() / self.units) @ self.inverse.T + 2 * GUARD * self.v / self.outputs
@@ -146,6 +160,37 @@ def test_a_layer_without_a_bias_and_one_before_a_norm_without_gains(networks: Mo
         np.testing.assert_allclose(moved, written.step(gradient, 1), rtol=1e-3, atol=1e-4)
 
 
+class Still(nn.Module):
+    """A convolution before a norm, neither of which adds anything that moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, affine=False)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+def test_a_wide_layer_without_a_bias_before_a_norm_without_gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nss.windows.WIDE", 8)
+    torch.manual_seed(0)
+    network = Still().eval()
+    network.norm.running_var.copy_(torch.linspace(0.2, 3, 4))
+    images = torch.randn(12, *SHAPE, generator=torch.Generator().manual_seed(1))
+    frozen, optimizer, found = begun(network, images)
+    mean, weight = found.window("conv"), frozen.conv.free_weight
+    positions = position_moment(mean, network.conv).numpy()
+    rows = [Written.apart(weight[i].detach().flatten(), mean[0, 0], positions, 4) for i in range(2)]
+    for place, written in enumerate(rows):
+        written.units = np.full(27, float(1 / (network.norm.running_var[2 * place] + network.norm.eps).sqrt()))
+    for number in (1, 2):
+        step(frozen, optimizer, images)
+        for place, written in enumerate(rows):
+            expected = written.step(weight.grad[place].flatten(), number)
+            np.testing.assert_allclose(weight[place].detach().flatten(), expected, rtol=2e-3, atol=5e-4)
+
+
 def test_a_layer_that_is_called_twice_is_moved_once_by_what_both_calls_read(networks: ModuleType) -> None:
     network = networks.Twice().eval()
     shape = (1, 6, 6)
@@ -197,6 +242,18 @@ def test_gain_and_shift_of_a_norm_that_is_not_folded_move_by_the_rate_at_first(n
         assert moved.tolist() == pytest.approx([RATE / (1 + DAMPING) ** 0.5] * 2, rel=1e-3)
 
 
+def test_the_gain_of_a_norm_that_adds_nothing_moves_by_the_rate_at_first(networks: ModuleType) -> None:
+    torch.manual_seed(0)
+    network = Lone().eval()
+    network.norm.register_parameter("bias", None)
+    images = networks.floats(12, SHAPE, 1)
+    frozen, optimizer, _ = begun(network, images)
+    before = frozen.norm.free_weight.detach().clone()
+    step(frozen, optimizer, images)
+    moved = (frozen.norm.free_weight - before).abs().detach()
+    assert moved.tolist() == pytest.approx([RATE / (1 + DAMPING) ** 0.5] * 2, rel=1e-3)
+
+
 def test_masked_weights_stay_zero(networks: ModuleType) -> None:
     model = networks.zoo_model("lenet")
     pruned = prune_weights(model, "lamp", 0.5).eval()
@@ -237,10 +294,11 @@ def test_of_masked_weights_only_what_moves_is_guarded(networks: ModuleType) -> N
     anatomy = find_sites(pruned.network, networks.SHAPE).anatomy
     guard = Guard(freeze(pruned, {"conv1": torch.arange(16) < 2}), anatomy, found)
     (term,) = guard.terms
-    rows = _Rows(term.layer, term.moment, 1.0)
+    rows = _Rows(term, 1.0)
     assert term.layer.unmasked is not None
     assert 0 < int(term.layer.unmasked.sum()) < term.layer.unmasked.numel()
-    metric = term.moment + DAMPING * term.moment.diagonal().mean() * torch.eye(26)
+    moment = window_moment(found.window("conv1"), pruned.network.conv1)[0]
+    metric = moment + DAMPING * moment.diagonal().mean() * torch.eye(26)
     with torch.no_grad():
         rows.values.copy_(torch.randn(rows.values.shape, generator=torch.Generator().manual_seed(1)))
         before = [entry.clone() for entry in (term.layer.free_weight, term.layer.free_bias)]
@@ -262,33 +320,65 @@ def test_of_masked_weights_only_what_moves_is_guarded(networks: ModuleType) -> N
             assert float(held[row, place]) == pytest.approx((values[0] - values[1]) / 0.02, rel=2e-2, abs=1e-3)
 
 
+class Flattened(nn.Module):
+    """A linear layer behind four channels at nine positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 4)
+        self.hidden = nn.Linear(36, 10)
+        self.head = nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.hidden(self.conv(x).flatten(1))))
+
+
 def test_positions_of_a_wide_linear_layer_and_its_bias_are_white_apart(
     networks: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nss.windows.WIDEST", 8)
-    network = networks.zoo_model("vgg_small").network.eval()
+    torch.manual_seed(0)
+    network, images = Flattened().eval(), networks.floats(20, SHAPE, 1)
+    found, anatomy = known(network, images), find_sites(network, SHAPE).anatomy
+    frozen = freeze(network, {"hidden": torch.arange(10) < 2}, SHAPE)
+    optimizer = WhitenedAdam(Guard(frozen, anatomy, found).terms, RATE, GUARD)
+    moment = window_moment(found.window("hidden"), network.hidden)[0]
+    assert len(moment) == 5
+    stepped_as_written(frozen.hidden, frozen, optimizer, images, moment, np.eye(9), 10)
+
+
+def test_channels_and_positions_of_a_wide_kernel_and_its_shift_are_white_apart(
+    networks: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nss.windows.WIDE", 8)
+    network = networks.zoo_model("lenet").network.eval()
     images = networks.floats(8, networks.SHAPE, 1)
     found, anatomy = known(network, images), find_sites(network, networks.SHAPE).anatomy
-    frozen = freeze(network, {"hidden": torch.arange(256) < 2}, networks.SHAPE)
+    frozen = freeze(network, {"conv2": torch.arange(len(network.conv2.weight)) < 2}, networks.SHAPE)
     optimizer = WhitenedAdam(Guard(frozen, anatomy, found).terms, RATE, GUARD)
-    moment = window_moment(found.window("hidden"), network.hidden)[0].clone()
-    moment[-1, :-1] = moment[:-1, -1] = 0
-    hidden = frozen.hidden
-    places = hidden.free_weight.shape[1] // 128
-    assert places > 1
-    starts = torch.cat([hidden.free_weight.detach().unflatten(1, (128, places)), torch.zeros(2, 1, places)], 1)
-    parts = {
-        (row, place): Written(starts[row, :, place], torch.ones(129), moment, 256)
-        for row in range(2)
-        for place in range(places)
-    }
-    biases = hidden.free_bias.detach().clone()
-    step(frozen, optimizer, images)
-    gradient = hidden.free_weight.grad.unflatten(1, (128, places))
-    moved = hidden.free_weight.detach().unflatten(1, (128, places))
-    for (row, place), written in parts.items():
-        expected = written.step(torch.cat([gradient[row, :, place], torch.zeros(1)]), 1)
-        np.testing.assert_allclose(moved[row, :, place], expected[:-1], rtol=2e-3, atol=5e-4)
-    scale = float((moment[-1, -1] + DAMPING * moment.diagonal().mean()) ** 0.5)
-    expected_bias = biases - RATE / scale * hidden.free_bias.grad.sign()
-    torch.testing.assert_close(hidden.free_bias.detach(), expected_bias, rtol=1e-3, atol=1e-4)
+    mean = found.window("conv2")
+    positions = position_moment(mean, network.conv2).numpy()
+    assert np.diag(positions).tolist() == pytest.approx([1.0] * len(positions))
+    count = len(network.conv2.weight)
+    stepped_as_written(frozen.conv2, frozen, optimizer, images, mean[0, 0], positions, count)
+
+
+def stepped_as_written(
+    layer: nn.Module,
+    frozen: nn.Module,
+    optimizer: WhitenedAdam,
+    images: Tensor,
+    channels: Tensor,
+    positions: np.ndarray,
+    outputs: int,
+) -> None:
+    rows = []
+    for place in range(2):
+        start = torch.cat([layer.free_weight[place].flatten(), layer.free_bias[place, None]]).detach()
+        rows.append(Written.apart(start, channels, positions, outputs))
+    for number in (1, 2, 3):
+        step(frozen, optimizer, images)
+        for place, written in enumerate(rows):
+            gradient = torch.cat([layer.free_weight.grad[place].flatten(), layer.free_bias.grad[place, None]])
+            moved = torch.cat([layer.free_weight[place].flatten(), layer.free_bias[place, None]]).detach()
+            np.testing.assert_allclose(moved.numpy(), written.step(gradient, number), rtol=2e-3, atol=5e-4)
