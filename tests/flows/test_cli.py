@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -187,10 +188,8 @@ def test_other_errors_keep_their_traceback(monkeypatch) -> None:
         cli.main()
 
 
-@pytest.fixture
-def workspace(tmp_path: Path) -> Path:
-    """An empty workspace with the parameters of the repository."""
-    root = tmp_path / "workspace"
+def lay_out(root: Path) -> Path:
+    """Make an empty workspace with the parameters of the repository."""
     (root / ".dvc").mkdir(parents=True)
     (root / ".dvc" / "config").write_text("[core]\n    analytics = false\n    autostage = false\n")
     for name in ("params.yaml", "dvc.yaml", "data.dvc", "champion.json"):
@@ -199,9 +198,20 @@ def workspace(tmp_path: Path) -> Path:
     return root
 
 
-def test_the_demo_data_is_what_data_dvc_names_and_leaves_it_alone(workspace: Path) -> None:
-    before = (workspace / "data.dvc").read_bytes()
-    done = nss("data", "demo", "--json", cwd=workspace)
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    return lay_out(tmp_path / "workspace")
+
+
+@pytest.fixture(scope="module")
+def demo_made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A workspace in which `nss data demo` was run, and how that ended. Not to be changed by tests."""
+    root = lay_out(tmp_path_factory.mktemp("demo") / "workspace")
+    return root, nss("data", "demo", "--json", cwd=root)
+
+
+def test_the_demo_data_is_what_data_dvc_names_and_leaves_it_alone(demo_made) -> None:
+    (workspace, done), before = demo_made, (ROOT / "data.dvc").read_bytes()
     assert (done.returncode, json.loads(done.stdout)["images"]) == (0, 1797), done.stderr
     assert (workspace / "data.dvc").read_bytes() == before
     status = json.loads(nss("data", "status", "--json", cwd=workspace).stdout)
@@ -300,10 +310,10 @@ def test_doctor_finds_all_that_is_wrong_at_once(workspace: Path) -> None:
     assert str(workspace) in found["tracking"]["found"]
 
 
-def test_doctor_says_ok_where_nothing_is_wrong(workspace: Path) -> None:
+def test_doctor_says_ok_where_nothing_is_wrong(demo_made, tmp_path: Path) -> None:
+    workspace = shutil.copytree(demo_made[0], tmp_path / "workspace", symlinks=True)
     for folder in ("nss", "tasks"):
         (workspace / folder).symlink_to(ROOT / folder)
-    nss("data", "demo", cwd=workspace)
     done = nss("doctor", cwd=workspace)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["ok"] * 9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,7 +30,7 @@ from tasks.provenance import PROCESS
 from tasks.recorder import Beside, Here, Recorder, beside
 from tasks.recorder_process import serve
 from tasks.recovery_runs import end_runs
-from tasks.tracking import open_tracker
+from tasks.tracking import create_database, open_tracker
 from tasks.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,9 +39,18 @@ PATIENCE_S = 60
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="without it on other systems than Linux")
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an empty tracking store: making one takes seconds, copying it does not."""
+    folder = tmp_path_factory.mktemp("store") / "mlflow"
+    create_database(folder / "tracking.db", folder / "artifacts")
+    return folder
+
+
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+def workspace(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copytree(store, tmp_path / "mlflow")
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     write_json(tmp_path / "champion.json", {"version": None})
     return Workspace(tmp_path)
@@ -312,11 +322,12 @@ def test_the_identity_that_a_run_bears_is_that_of_a_living_process(workspace: Wo
 
 
 def test_a_cycle_that_cannot_begin_ends_the_runs_of_the_dead_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for command in (["git", "init", "-q"], ["nss", "init"]):
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    shutil.copytree(store, tmp_path / "mlflow", dirs_exist_ok=True)
     dead = f"{socket.gethostname()}:999999999:1.00"
     run = open_tracker(Workspace(tmp_path)).open("dead", {"stage_key": "x"}, {PROCESS: dead})
     done = subprocess.run(["nss", "run"], cwd=tmp_path, capture_output=True, text=True, check=False)
