@@ -167,7 +167,7 @@ def restructure(
         )
     if isinstance(data, Iterator):
         raise DataError(
-            "an iterator of batches can be read only once",
+            "a generator can be read only once",
             where="data",
             fix="give a list of batches, a DataLoader or a Dataset",
         )
