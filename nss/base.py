@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from nss.contexts import evaluating, seeded
 from nss.data import Data, val_part
-from nss.errors import ModelError, first_line
+from nss.errors import ModelError, NssError, first_line
 from nss.model import Classifier, device_of
 from nss.predict import accuracy
 from nss.steps import Schedule, sgd, step, training_images, training_logits
@@ -82,11 +84,12 @@ def require_logits(model: Classifier) -> None:
     >>> require_logits(build_model("nss.zoo:lenet", classes=["a", "b"], input_shape=(1, 28, 28), seed=0))
     """
     count = len(model.spec.classes)
-    answer = _answer_to_blanks(model)
+    with _asking(model), evaluating(model), torch.no_grad():
+        answer: object = model(_blanks(model))
     fix = "give its last layer `num_classes` outputs; where the factory names them otherwise, set them in `arguments`"
     if isinstance(answer, Tensor):
         if tuple(answer.shape) == (_BLANKS, count):
-            with seeded(0, device_of(model)), torch.no_grad():
+            with _asking(model), seeded(0, device_of(model)), torch.no_grad():
                 training_logits(copy.deepcopy(model).train(), _blanks(model))
             return
         what = f"the network answers {list(answer.shape)}, the data has {count} classes"
@@ -96,10 +99,13 @@ def require_logits(model: Classifier) -> None:
     raise ModelError(what, where=model.spec.factory, allowed=allowed, fix=fix)
 
 
-def _answer_to_blanks(model: Classifier) -> object:
+@contextmanager
+def _asking(model: Classifier) -> Iterator[None]:
+    """Say in words what a network raises when it is given an image."""
     try:
-        with evaluating(model), torch.no_grad():
-            return model(_blanks(model))
+        yield
+    except NssError:
+        raise
     except Exception as problem:
         raise ModelError(
             f"the network does not take a {model.spec.input_shape} image: {first_line(problem)}",

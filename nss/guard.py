@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nss.anatomy import Anatomy
 from nss.model import network_of
-from nss.moments import Groups, Moments, Whole, moments_of
+from nss.moments import Groups, Moments, Whole, flat_rows, moments_of
 from nss.profile import Profile
 from nss.rows import FreeNorm, FreeRows
 from nss.surgery import Layer
@@ -81,7 +81,7 @@ def seen_by(anatomy: Anatomy, profile: Profile, module: str) -> Tensor:
 
 
 def _of_normed(norm: FreeNorm, outputs: int) -> Moments:
-    """Return the metric of gain and shift of a norm by itself."""
+    """Return the moments of what gain and shift of a norm by itself read."""
     entries = 1 if norm.free_bias is None else 2
     return Whole(torch.eye(entries, device=norm.rows.device)[None], Groups(norm.rows, outputs, 1))
 
@@ -89,6 +89,5 @@ def _of_normed(norm: FreeNorm, outputs: int) -> Moments:
 def _flat(layer: FreeRows) -> Tensor:
     """Return the free rows as the layer computes with them, [rows, inputs + 1], float32 or float64."""
     weight, bias = layer.effective()
-    rows = cast(Tensor, weight).detach().flatten(1)
-    rows = rows if bias is None else torch.cat([rows, bias.detach()[:, None]], 1)
+    rows = flat_rows(cast(Tensor, weight), bias).detach()
     return rows.to(torch.promote_types(rows.dtype, torch.float32))

@@ -45,8 +45,14 @@ class Moments(Protocol):
         ...
 
     def bare(self) -> Moments:
-        """Return the metric of the same rows where nothing that is added to them moves."""
+        """Return the moments of the same rows where nothing that is added to them moves."""
         ...
+
+
+def flat_rows(weight: Tensor, shift: Tensor | None) -> Tensor:
+    """Return rows [rows, ..] and what is added to them [rows] as [rows, inputs + 1]; [rows, inputs] without a shift."""
+    rows = weight.reshape(len(weight), -1)
+    return rows if shift is None else torch.cat([rows, shift[:, None]], 1)
 
 
 class Groups:
@@ -131,11 +137,16 @@ class Product:
 
     @cached_property
     def _axes(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return directions of channels [groups, n, n], of positions [k, k], and L of each pair [groups, 1, n k]."""
+        """Return directions of channels [groups, n, n], of positions [k, k], and L of all entries along them.
+
+        L: [groups, 1, n k + 1], or without the last where nothing is added.
+        """
         of_channels, channels = torch.linalg.eigh(self._channels.cpu().double())
         of_positions, positions = torch.linalg.eigh(self._positions.cpu().double())
-        pairs = of_channels.clamp_min(0)[:, :, None] * of_positions.clamp_min(0)
-        root = (pairs.flatten(1)[:, None] + self._damping.cpu().double()).sqrt()
+        spread = (of_channels.clamp_min(0)[:, :, None] * of_positions.clamp_min(0)).flatten(1)[:, None]
+        if self._shifted:
+            spread = torch.cat([spread, self._ones.cpu()], -1)
+        root = (spread + self._damping.cpu()).sqrt()
         return channels.to(self._channels), positions.to(self._channels), root.to(self._channels)
 
     def bare(self) -> Product:
@@ -144,44 +155,37 @@ class Product:
 
     def times(self, rows: Tensor) -> Tensor:
         """See `Moments`."""
-        weights, shift = self._parts(rows)
-        return self._rows(self._turned(weights, self._channels, self._positions), shift * self._ones)
+        return self._groups.join(self._times(self._groups.split(rows)))
 
     def damped_times(self, rows: Tensor) -> Tensor:
         """See `Moments`."""
-        weights, shift = self._parts(rows)
-        turned = self._turned(weights, self._channels, self._positions)
-        return self._rows(turned + self._damping * weights, shift * (self._ones + self._damping))
+        split = self._groups.split(rows)
+        return self._groups.join(self._times(split) + self._damping * split)
 
     def whiten(self, gradient: Tensor) -> Tensor:
         """See `Moments`."""
-        (channels, positions, root), (weights, shift) = self._axes, self._parts(gradient)
-        of_shift = (self._ones + self._damping).sqrt()
-        return self._rows(self._turned(weights, channels, positions) / root, shift / of_shift)
+        channels, positions, root = self._axes
+        return self._groups.join(_turned(self._groups.split(gradient), channels, positions) / root)
 
     def colour(self, white: Tensor) -> Tensor:
         """See `Moments`."""
-        (channels, positions, root), (weights, shift) = self._axes, self._parts(white)
-        of_shift = (self._ones + self._damping).sqrt()
-        return self._rows(self._turned(weights / root, channels.mT, positions.T), shift / of_shift)
+        channels, positions, root = self._axes
+        return self._groups.join(_turned(self._groups.split(white) / root, channels.mT, positions.T))
 
-    def _parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return weights [groups, rows, n k] and what is added [groups, rows, 1], or [.., 0] where nothing is."""
-        split = self._groups.split(rows)
-        count = split.shape[-1] - int(self._shifted)
-        return split[..., :count], split[..., count:]
+    def _times(self, split: Tensor) -> Tensor:
+        return _turned(split, self._channels, self._positions, self._ones)
 
-    def _rows(self, weights: Tensor, shift: Tensor) -> Tensor:
-        return self._groups.join(torch.cat([weights, shift], -1))
 
-    def _turned(self, weights: Tensor, channels: Tensor, positions: Tensor) -> Tensor:
-        """Return C^T W P of the weights W [n, k] of each row."""
-        apart = weights.unflatten(-1, (channels.shape[-1], len(positions)))
-        return torch.einsum("gnm,grnk,kl->grml", channels, apart, positions).flatten(-2)
+def _turned(split: Tensor, channels: Tensor, positions: Tensor, ones: Tensor | float = 1.0) -> Tensor:
+    """Return C^T W P of the weights W [n, k] of each row, and what is added to it, if anything, times `ones`."""
+    count = channels.shape[-1] * len(positions)
+    apart = split[..., :count].unflatten(-1, (-1, len(positions)))
+    weights = torch.einsum("gnm,grnk,kl->grml", channels, apart, positions).flatten(-2)
+    return torch.cat([weights, split[..., count:] * ones], -1)
 
 
 def moments_of(mean: Tensor, layer: Layer, rows: Tensor, *, shifted: bool) -> Moments:
-    """Return the metric of some rows of a layer, float32, on their device.
+    """Return the moments of some rows of a layer, float32, on their device.
 
     mean: `Profile.window` of what the layer reads. rows: int64 [rows], ascending. shifted: whether anything is added to
     them. Of wide layers (`windows.is_wide`) channels and positions count apart.

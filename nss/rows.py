@@ -33,11 +33,6 @@ class Movable:
     unmasked: Tensor | None
     """bool of the shape of `weight`: the others stay zero"""
 
-    def is_whole(self) -> bool:
-        """Say whether every entry moves what its row computes: none is masked, none lost in the norm behind it."""
-        units = (self.weight_unit, self.shift_unit)
-        return self.unmasked is None and all(bool((over(torch.ones_like(each), each) != 0).all()) for each in units)
-
 
 class FreeRows(nn.Module):
     """A layer that holds all its numbers as buffers, and those rows that may move as parameters.

@@ -18,7 +18,7 @@ from nss.errors import ReadaptError
 from nss.freeze import followed_by_norm, head_of
 from nss.guard import seen_by
 from nss.model import device_of, network_of
-from nss.moments import gains, moments_of
+from nss.moments import flat_rows, gains, moments_of
 from nss.profile import Profile
 from nss.rows import norm_scale, over
 from nss.samples import spread
@@ -124,8 +124,7 @@ class _Gradient:
 
     def folded(self) -> Tensor:
         """Return that of the rows with the norm folded in, and of what is added, if anything: [rows, inputs + 1]."""
-        rows = over(self.weight, self.scale).flatten(1)
-        return rows if self.shift is None else torch.cat([rows, self.shift[:, None]], 1)
+        return flat_rows(over(self.weight, self.scale), self.shift)
 
 
 def _gradients(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nss.guard import Term
+from nss.moments import flat_rows
 from nss.rows import Movable, over
 
 
@@ -24,14 +25,14 @@ class _Rows:
         self._moments = term.moments.bare() if is_bare else term.moments
         places = self._places()
         self.values = nn.Parameter(torch.zeros_like(places))
-        self._movable = None if self.entries.is_whole() else places
+        self._movable = None if bool(places.all()) else places
 
     def pull(self) -> None:
         """Make the gradients of the entries those of the coordinates, with that of decay / 2 * |v|^2."""
         weight, shift = self.entries.weight, self.entries.shift
         of_weight = over(_gradient(weight), self.entries.weight_unit.float())
         of_shift = None if shift is None else over(_gradient(shift), self.entries.shift_unit.float())
-        found = self._moments.whiten(_rows(of_weight, of_shift))
+        found = self._moments.whiten(flat_rows(of_weight, of_shift))
         self.values.grad = found.add_(self._held(), alpha=self._decay)
 
     def push(self) -> None:
@@ -49,7 +50,7 @@ class _Rows:
         ones = torch.ones_like(weight) if self.entries.unmasked is None else self.entries.unmasked.to(weight)
         of_weight = (over(ones, self.entries.weight_unit) != 0).float()
         of_shift = None if shift is None else (over(torch.ones_like(shift), self.entries.shift_unit) != 0).float()
-        return _rows(of_weight, of_shift)
+        return flat_rows(of_weight, of_shift)
 
     def _change(self) -> Tensor:
         """Return how far the entries are from where they began, in what the rows compute."""
@@ -94,8 +95,7 @@ class WhitenedAdam(torch.optim.Adam):
             layer.zero_grad(set_to_none)
 
     @torch.no_grad()
-    # The stub overloads it by whether a closure is given; none is taken here.
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # the stub has one with a closure and one without
         """Take a step against the gradients of the model's entries."""
         for each in self._each:
             each.pull()
@@ -107,9 +107,3 @@ class WhitenedAdam(torch.optim.Adam):
 def _gradient(entry: nn.Parameter) -> Tensor:
     """Return the gradient, float32; zeros where the loss does not depend on the entry."""
     return torch.zeros(entry.shape, device=entry.device) if entry.grad is None else entry.grad.float()
-
-
-def _rows(weight: Tensor, shift: Tensor | None) -> Tensor:
-    """Return float32 [rows, inputs + 1], or [rows, inputs] where nothing is added."""
-    flat = weight.float().reshape(len(weight), -1)
-    return flat if shift is None else torch.cat([flat, shift.float()[:, None]], 1)
