@@ -250,6 +250,21 @@ def test_a_network_that_answers_more_than_logits_in_training_is_refused_before_i
     assert not any(module.training for module in model.modules())
 
 
+class Failing(Answering):
+    """Takes no image of this size in training mode."""
+
+    def forward(self, images: Tensor) -> object:
+        if self.training:
+            raise ValueError("too small to crop")
+        return super().forward(images)
+
+
+def test_what_a_network_raises_in_training_mode_is_said_in_words() -> None:
+    model = Classifier(Failing(2), fresh().spec)
+    with pytest.raises(ModelError, match=r"does not take a \(1, 8, 8\) image: too small to crop"):
+        require_logits(model)
+
+
 def test_looking_at_the_answer_of_a_network_leaves_it_as_it_was() -> None:
     model = Classifier(Answering(2), fresh().spec)
     before = model_digest(model)
