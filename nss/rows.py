@@ -8,12 +8,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-# Convolution kernels work on blocks of channels: the weight gradient of 51 rows takes longer than that of 64.
-BLOCK = 16
-# With more rows or channels than this share, one kernel for all of them is faster than picking some out.
-MOST = 0.8
+from nss.row_gradients import ConvolutionRows, How, LinearRows
+
 # A row whose norm multiplies it by less than this share of what it does to the others is as good as not there.
 FAINT = 1e-4
 
@@ -111,6 +108,8 @@ class FreeNorm(FreeRows):
 
     folded = False
     """the convolution before it does its work"""
+    held: tuple[Tensor, Tensor] | None = None
+    """mean and scale of the free rows, where their gain does not move"""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [n, channels, ..]. Returns the same shape."""
@@ -134,21 +133,36 @@ class FreeNorm(FreeRows):
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return weight and bias, of all rows, of the layer before it with this norm behind it; without gradients."""
         norm = cast(nn.BatchNorm2d, self.layer)
-        statistics = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-        return _fold(weight, bias, *statistics, norm.eps, self.whole("weight"), self.whole("bias"))
+        scale = _scale(cast(Tensor, norm.running_var), norm.eps, self.whole("weight"))
+        return _fold(weight, bias, cast(Tensor, norm.running_mean), scale, self.whole("bias"))
 
     def fold_rows(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the same of the free rows, with gradients."""
+        mean, scale = self._mean_and_scale() if self.held is None else self.held
+        return _fold(weight, bias, mean, scale, self.free_bias)
+
+    def hold_gain(self) -> Tensor:
+        """Let the gain of the free rows stay as it is, without a gradient. Returns what they are multiplied by."""
+        if self.free_weight is not None:
+            self.free_weight.requires_grad_(False)
+        self.held = self._mean_and_scale()
+        return self.held[1]
+
+    def _mean_and_scale(self) -> tuple[Tensor, Tensor]:
+        """Return what is taken from each free row, and what it is multiplied by then."""
         norm = cast(nn.BatchNorm2d, self.layer)
         mean, var = (cast(Tensor, each)[self.rows] for each in (norm.running_mean, norm.running_var))
-        return _fold(weight, bias, mean, var, norm.eps, self.free_weight, self.free_bias)
+        return mean, _scale(var, norm.eps, self.free_weight)
+
+
+def _scale(var: Tensor, eps: float, gain: Tensor | None) -> Tensor:
+    return (var + eps).rsqrt() if gain is None else (var + eps).rsqrt() * gain
 
 
 def norm_scale(norm: nn.Module) -> Tensor:
     """Return what a BatchNorm with running statistics multiplies each channel by, [channels]."""
-    gain, var = cast("Tensor | None", norm.weight), cast(Tensor, norm.running_var)
-    scale = (var + cast(float, norm.eps)).rsqrt()
-    return scale if gain is None else scale * gain.detach()
+    gain = cast("Tensor | None", norm.weight)
+    return _scale(cast(Tensor, norm.running_var), cast(float, norm.eps), None if gain is None else gain.detach())
 
 
 def over(rows: Tensor, units: Tensor) -> Tensor:
@@ -162,15 +176,8 @@ def over(rows: Tensor, units: Tensor) -> Tensor:
 
 
 def _fold(
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    gain: Tensor | None,
-    shift: Tensor | None,
+    weight: Tensor, bias: Tensor | None, mean: Tensor, scale: Tensor, shift: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    scale = (var + eps).rsqrt() if gain is None else (var + eps).rsqrt() * gain
     moved = (-mean if bias is None else bias - mean) * scale
     return weight * scale.view(-1, *[1] * (weight.dim() - 1)), moved if shift is None else moved + shift
 
@@ -200,11 +207,11 @@ class FreeLayer(FreeRows):
         return self.norm.fold_rows(weight, self.free_bias)
 
     def movable(self) -> Movable:
-        """Return weight and shift of the free rows, not the gain of the norm, which multiplies what they do already."""
+        """Return weight and shift of the free rows; the gain of the norm, which multiplies what they do, stays."""
         own = super().movable()
         if self.norm is None:
             return own
-        scale = norm_scale(self.norm.layer)[self.rows]
+        scale = self.norm.hold_gain()
         if self.norm.free_bias is None:
             return replace(own, weight_unit=scale, shift_unit=scale)
         return replace(own, weight_unit=scale, shift=self.norm.free_bias)
@@ -217,7 +224,7 @@ class FreeLinear(FreeLayer):
         """x: [.., inputs]. Returns [.., outputs]."""
         free, free_bias = self.effective()
         weight, bias = _with(self.folded_weight, self.rows, free), _with(self.folded_bias, self.rows, free_bias)
-        return cast(Tensor, _LinearRows.apply(x, free, free_bias, weight, bias, self.rows))
+        return cast(Tensor, LinearRows.apply(x, free, free_bias, weight, bias, self.rows))
 
 
 class FreeConvolution(FreeLayer):
@@ -234,11 +241,11 @@ class FreeConvolution(FreeLayer):
         if layer.padding == "same" or layer.padding_mode != "zeros":
             mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
             x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode), [0] * len(padding)
-        how = _How(list(layer.stride), padding, list(layer.dilation), layer.groups)
+        how = How(list(layer.stride), padding, list(layer.dilation), layer.groups)
         free, free_bias = self.effective()
         weight, bias = _with(self.folded_weight, self.rows, free), _with(self.folded_bias, self.rows, free_bias)
         args = (x, free, free_bias, weight, bias, self.rows, used, how, self.rectified)
-        return cast(Tensor, _ConvolutionRows.apply(*args))
+        return cast(Tensor, ConvolutionRows.apply(*args))
 
 
 class FoldedActivation(nn.Module):
@@ -272,121 +279,3 @@ class RectifiedPool(FoldedActivation):
 def _with(held: Tensor | None, rows: Tensor, free: Tensor | None) -> Tensor | None:
     """Return a copy of what is held with the free rows as they are now; gradients do not pass."""
     return held if held is None or free is None else held.clone().index_copy_(0, rows, free.detach())
-
-
-@dataclass(frozen=True)
-class _How:
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    groups: int
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
-    none = [0] * len(how.stride)
-    return torch.convolution(x, weight, bias, how.stride, how.padding, how.dilation, False, none, how.groups)
-
-
-class _LinearRows(torch.autograd.Function):
-    """y = x W^T + b with gradients for x and for the free rows of W and b."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, free: Tensor, free_bias: Tensor | None, weight: Tensor, bias: Tensor | None, rows: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, rows)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, rows = ctx.saved_tensors
-        to_input = grad @ weight if ctx.needs_input_grad[0] else None
-        chosen = grad.index_select(-1, rows).flatten(0, -2)
-        to_bias = chosen.sum(0) if ctx.needs_input_grad[2] else None
-        return to_input, chosen.T @ x.flatten(0, -2), to_bias, None, None, None
-
-
-class _ConvolutionRows(torch.autograd.Function):
-    """A convolution, and a ReLU, with gradients for its input and for the free rows of its weight and bias."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        free: Tensor | None,
-        free_bias: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        rows: Tensor,
-        used: Tensor | None,
-        how: _How,
-        rectified: bool,
-    ) -> Tensor:
-        y = _convolve(x, weight, bias, how)
-        if rectified:
-            y.relu_()
-        ctx.save_for_backward(x, weight, rows, used, y if rectified else None)
-        ctx.how = how
-        # Where nothing below moves, no more of the gradient is used than that of the free rows.
-        ctx.used = None if ctx.needs_input_grad[0] else rows
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, rows, used, y = ctx.saved_tensors
-        if y is not None:
-            grad = torch.ops.aten.threshold_backward(grad, y, 0)
-        to_input = _to_input(grad, x, weight, used, ctx.how) if ctx.needs_input_grad[0] else None
-        to_rows, to_bias = _of_rows(grad, x, weight, rows, ctx.how) if ctx.needs_input_grad[1] else (None, None)
-        return to_input, to_rows, to_bias if ctx.needs_input_grad[2] else None, *[None] * 6
-
-
-def _to_input(grad: Tensor, x: Tensor, weight: Tensor, used: Tensor | None, how: _How) -> Tensor:
-    """Gradient of the input; where only some channels of it are used, the others are zero."""
-    if used is None or how.groups > 1 or len(used) > MOST * x.shape[1]:
-        return _gradients(grad, x, weight, how, 0)
-    some = _gradients(grad, torch.empty_like(x[:, : len(used)]), weight[:, used], how, 0)
-    places = used.new_full((x.shape[1],), len(used)).index_copy_(0, used, torch.arange(len(used), device=used.device))
-    last = some.movedim(1, -1)
-    filled = torch.cat([last, last.new_zeros(*last.shape[:-1], 1)], -1).movedim(-1, 1)
-    return _channels(filled, places)
-
-
-def _gradients(grad: Tensor, x: Tensor, weight: Tensor, how: _How, which: int) -> Tensor:
-    """Gradient of a convolution for its input (0) or its weight (1)."""
-    none = [0] * len(how.stride)
-    wanted = [which == 0, which == 1, False]
-    found = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, how.stride, how.padding, how.dilation, False, none, how.groups, wanted
-    )
-    return cast(Tensor, found[which])
-
-
-def _of_rows(grad: Tensor, x: Tensor, weight: Tensor, rows: Tensor, how: _How) -> tuple[Tensor, Tensor]:
-    """Gradients of some rows of the weight and of the bias, [rows, inputs / groups, ..] and [rows]."""
-    count, groups = len(weight), how.groups
-    places = [0, *range(2, grad.dim())]
-    chosen = _filled(rows, count) if groups == 1 else rows
-    if groups in (1, x.shape[1]) and len(chosen) <= MOST * count:
-        if groups > 1:  # depthwise: a row reads one channel
-            x, how = _channels(x, rows // (count // groups)), replace(how, groups=len(rows))
-        some = _channels(grad, chosen)
-        return _gradients(some, x, weight[chosen], how, 1)[: len(rows)], some.sum(places)[: len(rows)]
-    return _gradients(grad, x, weight, how, 1)[rows], grad.sum(places)[rows]
-
-
-def _filled(rows: Tensor, count: int) -> Tensor:
-    """The rows, then as many more as fill the last block."""
-    missing = -len(rows) % BLOCK
-    return torch.cat([rows, rows.new_zeros(missing)]) if missing and len(rows) + missing <= count else rows
-
-
-def _channels(x: Tensor, chosen: Tensor) -> Tensor:
-    """Return some channels of x [n, channels, ..]. With channels last, picking from a table is six times faster."""
-    last = x.movedim(1, -1)
-    if not last.is_contiguous():
-        return x.index_select(1, chosen)
-    table = last.flatten(0, -2).index_select(1, chosen)
-    return table.view(*last.shape[:-1], -1).movedim(-1, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,37 +20,39 @@ class _Rows:
         self.entries: Movable = term.layer.movable()
         self._decay = decay
         weight, shift = self.entries.weight, self.entries.shift
-        self._start = [None if each is None else each.detach().clone() for each in (weight, shift)]
+        self._start = flat_rows(weight.detach().float(), None if shift is None else shift.detach().float()).clone()
         is_bare = shift is None and term.layer.effective()[1] is not None
         self._moments = term.moments.bare() if is_bare else term.moments
-        places = self._places()
-        self.values = nn.Parameter(torch.zeros_like(places))
-        self._movable = None if bool(places.all()) else places
+        self._per_unit = self._shares()
+        self.values = nn.Parameter(torch.zeros_like(self._per_unit))
+        places = self._per_unit != 0
+        self._movable = None if bool(places.all()) else places.float()
 
     def pull(self) -> None:
         """Make the gradients of the entries those of the coordinates, with that of decay / 2 * |v|^2."""
         weight, shift = self.entries.weight, self.entries.shift
-        of_weight = over(_gradient(weight), self.entries.weight_unit.float())
-        of_shift = None if shift is None else over(_gradient(shift), self.entries.shift_unit.float())
-        found = self._moments.whiten(flat_rows(of_weight, of_shift))
-        self.values.grad = found.add_(self._held(), alpha=self._decay)
+        gradient = flat_rows(_gradient(weight), None if shift is None else _gradient(shift))
+        self.values.grad = self._moments.whiten(gradient * self._per_unit).add_(self._held(), alpha=self._decay)
 
     def push(self) -> None:
         """Move the entries to where the coordinates are."""
-        weight, shift, change = self.entries.weight, self.entries.shift, self._change()
-        count = weight[0].numel()
-        of_weight = over(change[:, :count].view_as(weight), self.entries.weight_unit.float())
-        weight.copy_(cast(Tensor, self._start[0]) + of_weight)
-        if shift is not None:
-            shift.copy_(cast(Tensor, self._start[1]) + over(change[:, count], self.entries.shift_unit.float()))
-
-    def _places(self) -> Tensor:
-        """Return for each row and input 1 where it moves what the row computes, 0 where masked or not handed on."""
         weight, shift = self.entries.weight, self.entries.shift
-        ones = torch.ones_like(weight) if self.entries.unmasked is None else self.entries.unmasked.to(weight)
-        of_weight = (over(ones, self.entries.weight_unit) != 0).float()
-        of_shift = None if shift is None else (over(torch.ones_like(shift), self.entries.shift_unit) != 0).float()
-        return flat_rows(of_weight, of_shift)
+        moved = self._start + self._change() * self._per_unit
+        weight.copy_(moved[:, : weight[0].numel()].view_as(weight))
+        if shift is not None:
+            shift.copy_(moved[:, -1])
+
+    def _shares(self) -> Tensor:
+        """Return for each row and input how much of an entry makes one of what its row computes more.
+
+        0 where that is nothing at all: the entry is masked, or next to nothing of its row is handed on.
+        """
+        weight, units = self.entries.weight, self.entries.weight_unit.float()
+        kept = torch.ones_like(weight) if self.entries.unmasked is None else self.entries.unmasked
+        of_weight = over(kept.detach().float(), units)
+        if self.entries.shift is None:
+            return flat_rows(of_weight, None)
+        return flat_rows(of_weight, over(torch.ones_like(units), self.entries.shift_unit.float()))
 
     def _change(self) -> Tensor:
         """Return how far the entries are from where they began, in what the rows compute."""
