@@ -1,8 +1,8 @@
 """Restructuring against torch-pruning: accuracy at the same share of the multiply-adds, before and after fine-tuning.
 
 Everybody gets the same images, for statistics of BatchNorm taken again and for a fine-tune of the same steps, order and
-learning rate. Latencies are taken last, of the saved models, once for each number of threads: run again on a quiet
-machine, and only they are measured.
+learning rate. What levelling makes of every method's result, and latencies, are taken last, of the saved models; the
+latter once for each number of threads: run again on a quiet machine, and only they are measured.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from bench.peers import CAP, HALVINGS, PEERS, TOLERANCE, prune, taylor_gradients
 from nss.evaluate import Evaluation, evaluate
 from nss.finetune import fine_tune
 from nss.latency import random_pixels, time_calls
+from nss.level import FEWEST, STEP, STEPS, level_classes
 from nss.model import Classifier, load_model, model_digest, save_model
 from nss.profile import Profile
 from nss.remove import remove
@@ -79,10 +80,13 @@ BY = ("data", "model", "budget", "method")
 SIZES = ("macs", "params", "removed", "masked", "bytes", "latency_ms", "latency_1_ms", "speedup")
 BEFORE = ("accuracy_before", "lost_before", "worst_before")
 AFTER = ("accuracy", "worst_class", "original", "original_worst")
+LEVELLED = ("accuracy_level", "worst_level")
 AHEAD = {"ahead_before": "accuracy_before", "ahead": "accuracy", "worst_ahead": "worst_class"}
+AHEAD |= {"level_ahead": "accuracy_level", "worst_level_ahead": "worst_level"}
 SHOWN = {
     "before any gradient step": ("macs", *BEFORE, "ahead_before"),
     "after fine-tuning": ("macs", *AFTER, "ahead", "worst_ahead"),
+    "after fine-tuning, levelled": ("macs", *LEVELLED, "level_ahead", "worst_level_ahead"),
     "size": SIZES,
 }
 PROTOCOL = {
@@ -97,6 +101,8 @@ PROTOCOL = {
     "best on the validation split",
     "judged on": "the whole test split, once before the first gradient step and once after the last",
     "ahead": "mean of nss less that of the best peer in that very column",
+    "levelled": "the fine-tuned models of all methods, their classes levelled on the validation split "
+    "(nss.level_classes), judged once more",
     "size": "macs, params: share left; removed: share of the weights gone; masked: share of the weights left but zero; "
     "bytes: the weight file",
     "latency": f"median milliseconds, all models in turn, {REPEATS} calls each; latency_ms: batch of 64",
@@ -107,7 +113,8 @@ LEFT_OUT = (
 )
 COLUMNS = (
     "budget is the share of the multiply-adds asked for, macs what is left, params of the weights; lost_before and "
-    "accuracy_before: before any gradient step, accuracy: after fine-tuning, worst: of the worst class; ahead: nss "
+    "accuracy_before: before any gradient step, accuracy: after fine-tuning, worst: of the worst class, level: classes "
+    "levelled afterwards; ahead: nss "
     "less the best of torch-pruning in that very column; latencies in milliseconds for 64 images and for one."
 )
 
@@ -153,13 +160,15 @@ def _timing() -> Row:
 
 def _against_the_best(rows: Sequence[Row]) -> list[Row]:
     """Means over seeds; ours with how far they are ahead of whichever peer is best in that column."""
-    summary = mean_and_spread(rows, BY, [*SIZES, *BEFORE, *AFTER, "seconds"])
+    summary = mean_and_spread(rows, BY, [*SIZES, *BEFORE, *AFTER, *LEVELLED, "seconds"])
     for row in summary:
         peers = [
             each for each in summary if each["method"] in PEERS and all(each[name] == row[name] for name in BY[:-1])
         ]
         if row["method"] not in PEERS:
-            row |= {name: row[value] - max(peer[value] for peer in peers) for name, value in AHEAD.items()}
+            row |= {
+                name: row[value] - max(peer[value] for peer in peers) for name, value in AHEAD.items() if value in row
+            }
     return summary
 
 
@@ -235,7 +244,24 @@ def _one(subject: _Subject, size: Size, *, times: bool) -> list[Row]:
             return [{**identity, "method": method, "budget": budget, **judged}]
 
         rows += resumed("restructure", key, measure)
+    rows = _levelled(subject, identity, rows)
     return _timed(subject, identity, rows) if times else rows
+
+
+def _levelled(subject: _Subject, identity: Row, rows: Sequence[Row]) -> list[Row]:
+    """Add how the saved models answer with their classes levelled on validation images."""
+
+    def measure(row: Row) -> list[Row]:
+        model = load_model(CACHE / "restructured" / row["saved"])
+        level_classes(model, subject.data.split("val"))
+        found = evaluate(model, subject.data.split("test"))
+        return [{"accuracy_level": found.accuracy, "worst_level": found.worst_accuracy}]
+
+    # Not among the terms: rows that were kept before there was levelling lack these columns, and hold for the others.
+    how = {**identity, "level": [STEP, STEPS, FEWEST]}
+    keys = [{**how, "weights": row["weights"]} for row in rows]
+    found = [resumed("restructure-level", key, partial(measure, row)) for key, row in zip(keys, rows, strict=True)]
+    return [{**row, **of} for row, (of,) in zip(rows, found, strict=True)]
 
 
 def _judge(subject: _Subject, method: str, budget: float, tuned: Size, folder: Path) -> Row:

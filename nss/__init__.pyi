@@ -49,6 +49,7 @@ from .gate import (
 )
 from .grow import Capacity as Capacity, condense as condense
 from .latency import Latency as Latency, measure_latency as measure_latency, time_calls as time_calls
+from .level import level_classes as level_classes
 from .model import (
     Classifier as Classifier,
     ModelSpec as ModelSpec,

@@ -97,6 +97,12 @@ def dissect(network: nn.Module, input_shape: tuple[int, ...]) -> Anatomy:
     return walker.anatomy
 
 
+def head_of(anatomy: Anatomy) -> Producer | None:
+    """Return the layer whose outputs are the class scores; None when something else makes them."""
+    scores = next(node for node in anatomy.graph.graph.nodes if node.op == "output").all_input_nodes
+    return next((each for each in anatomy.producers if scores == [each.node]), None)
+
+
 class _Walker(fx.Interpreter):
     """Runs the graph on real numbers and carries the ids along."""
 

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from nss.anatomy import dissect
+from nss.anatomy import dissect, head_of
 from nss.contexts import evaluating
 from nss.errors import SiteError
-from nss.freeze import head_of
 from nss.model import Classifier, device_of, network_of, shape_of
 from nss.refit import Probe
 

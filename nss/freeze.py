@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from nss.anatomy import Anatomy, Producer
+from nss.anatomy import Anatomy
 from nss.contexts import evaluating
 from nss.coupling import lookup
 from nss.errors import SiteError
@@ -123,12 +123,6 @@ def free_entries(anatomy: Anatomy, free: Mapping[str, Tensor]) -> dict[str, Tens
         own = lookup(flags, scaler.ids, False)
         rows[scaler.module] = rows[scaler.module] & own if scaler.module in rows else own
     return rows
-
-
-def head_of(anatomy: Anatomy) -> Producer | None:
-    """Return the layer whose outputs are the class scores; None when something else makes them."""
-    scores = next(node for node in anatomy.graph.graph.nodes if node.op == "output").all_input_nodes
-    return next((each for each in anatomy.producers if scores == [each.node]), None)
 
 
 def _check(anatomy: Anatomy, free: Mapping[str, Tensor]) -> None:

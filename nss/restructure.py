@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,7 @@ from nss.errors import DataError, RestructureError
 from nss.evaluate import evaluate
 from nss.finetune import fine_tune
 from nss.latency import LATENCY_BATCH, measured_latency
+from nss.level import level_classes
 from nss.model import Classifier
 from nss.plan import RestructurePlan
 from nss.planner import Planner
@@ -53,15 +54,18 @@ class Restructured:
     model: Classifier
     plan: RestructurePlan
     report: tuple[Point, ...]
-    """original, refitted (no gradient step was taken yet) and, when asked for and no worse, fine-tuned; the last is of
-    `model`"""
+    """original, refitted (no gradient step was taken yet) and, when asked for and no worse, fine-tuned; levelled, when
+    asked for and something moved; the last is of `model`"""
     curve: tuple[Point, ...] = ()
     """refitted models at other sizes, as asked for by `curve`"""
+    offsets: dict[str, float] = field(default_factory=dict)
+    """what levelling added to the logit of each class that it raised"""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan and the report as plain numbers, lists and texts."""
         rows = {"report": self.report, "curve": self.curve}
-        return {"plan": self.plan.to_dict(), **{name: [asdict(each) for each in of] for name, of in rows.items()}}
+        points = {name: [asdict(each) for each in of] for name, of in rows.items()}
+        return {"plan": self.plan.to_dict(), **points, "offsets": dict(self.offsets)}
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class _Job:
     fine_tune_steps: int
     learning_rate: float
     distil: bool
+    level: bool
 
     @cached_property
     def original(self) -> Point:
@@ -95,7 +100,10 @@ class _Job:
                 _LOG.info("fine-tuning lost accuracy, %s to %s: not kept", refitted.accuracy, after.accuracy)
             else:
                 smaller, points = tuned, [*points, after]
-        return Restructured(smaller, plan, tuple(points))
+        offsets = level_classes(smaller, self.held_out) if self.level and self.held_out is not None else {}
+        if offsets:
+            points.append(self.point("levelled", smaller))
+        return Restructured(smaller, plan, tuple(points), offsets=offsets)
 
     def _fine_tuned(self, smaller: Classifier) -> Classifier:
         tuned, teacher = copy.deepcopy(smaller), self.model if self.distil else None
@@ -134,6 +142,7 @@ def restructure(
     fine_tune_steps: int = 0,
     learning_rate: float = 0.02,
     distil: bool = False,
+    level: bool = False,
     curve: Sequence[float] = (),
     seed: int = 0,
 ) -> Restructured:
@@ -148,6 +157,8 @@ def restructure(
     multiple: layers keep a multiple of so many neurons as far as the budget allows, 8 or 16 for fast kernels.
     fine_tune_steps: gradient steps afterwards, of batches of 128, which are not kept where they make the model worse on
     the held-out images; distil: with the original as a teacher.
+    level: raise the worst class in the end, as far as that costs no accuracy on the held-out images
+    (`level_classes`).
     curve: shares of the multiply-adds at which a refitted model is measured too; those below the cap are left out.
     Source: NeuSemSlice, arXiv 2407.20281, section 4 (keep the critical neurons, remove the rest); merging, refit and
     budgets are ours, docs/restructure.md. Raises RestructureError for none or several budgets, one that cannot be
@@ -173,11 +184,13 @@ def restructure(
         )
     if fine_tune_steps:
         trainable(model.parameters())
+    judged = val_part(data) if held_out is None else held_out
+    if level and judged is None:
+        raise RestructureError("there are no held-out images to level the classes on", fix="pass held_out")
     if profiled is None:
         profiled = profile(model, train_part(data), ("taylor",))
     planner = Planner(model, slices, data, profiled, cap=cap, multiple=multiple)
-    judged = val_part(data) if held_out is None else held_out
-    job = _Job(model, data, profiled, judged, seed, fine_tune_steps, learning_rate, distil)
+    job = _Job(model, data, profiled, judged, seed, fine_tune_steps, learning_rate, distil, level)
     if latency_ms is not None:
         found = job.build(_for_latency(planner, latency_ms))
     elif max_accuracy_drop is not None:

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nss.anatomy import Anatomy
+from nss.anatomy import Anatomy, head_of
 from nss.errors import ReadaptError
-from nss.freeze import followed_by_norm, head_of
+from nss.freeze import followed_by_norm
 from nss.guard import seen_by
 from nss.model import device_of, network_of
 from nss.moments import flat_rows, gains, moments_of

@@ -124,6 +124,7 @@ class RestructureParams(_Group):
     fine_tune_steps: int = Field(ge=0, le=1_000_000, description="a whole number from 0 to 1000000")
     learning_rate: Rate
     distil: bool = Field(description="true or false")
+    level: bool = Field(description="true or false")
     curve: list[Annotated[float, Field(gt=0, le=1)]] = Field(description="a list of shares above 0, at most 1")
     device: Device
     seed: Seed

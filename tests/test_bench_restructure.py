@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import restructure
+from bench import common, restructure
 from nss.data import SPLITS, Batch, Dataset
+from nss.evaluate import evaluate
 from nss.finetune import fine_tune
+from nss.level import level_classes
 from nss.model import Classifier, ModelSpec, model_digest
 
 SHAPE = (1, 4, 4)
@@ -59,3 +62,27 @@ def test_the_rate_is_the_one_that_is_best_on_validation_images(
 def test_of_equally_good_rates_the_first_counts(model: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restructure, "RATES", (2e-9, 1e-9))
     assert subject(model).fine_tuned(model, SIZE)[1] == 2e-9
+
+
+def test_what_levelling_makes_of_a_saved_model_is_measured_once_and_stands_beside_the_rest(
+    model: Classifier, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(restructure, "CACHE", tmp_path)
+    monkeypatch.setattr(common, "CACHE", tmp_path)
+    monkeypatch.setattr(restructure, "level_classes", lambda *given: level_classes(*given, least=1))
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    network[1].weight.data = torch.tensor([[-0.1], [0.1]]).expand(2, 16).clone()
+    network[1].bias.data = torch.tensor([2.1, 0.0])
+    askew = Classifier(network, model.spec).eval()
+    saved = {tmp_path / "restructured" / "it": askew}
+    monkeypatch.setattr(restructure, "load_model", lambda path: copy.deepcopy(saved[path]))
+    of, row = subject(askew), {"saved": "it", "weights": model_digest(askew), "accuracy": 0.25}
+    test = of.data.split("test")
+    before = evaluate(askew, test)
+    (found,) = restructure._levelled(of, {"seed": 0}, [row])
+    level_classes(askew, of.data.split("val"), least=1)
+    after = evaluate(askew, test)
+    assert after.worst_accuracy > before.worst_accuracy
+    assert found == {**row, "accuracy_level": after.accuracy, "worst_level": after.worst_accuracy}
+    monkeypatch.delattr(restructure, "load_model")
+    assert restructure._levelled(of, {"seed": 0}, [row]) == [found]

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nss.anatomy import head_of
 from nss.errors import ModelError, SiteError
-from nss.freeze import freeze, head_of, thaw
+from nss.freeze import freeze, thaw
 from nss.model import load_model, model_digest, network_of, save_model
 from nss.prune_weights import prune_weights
 from nss.sites import find_sites

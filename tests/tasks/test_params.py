@@ -31,7 +31,7 @@ GOOD = {
     "max_images: 1000; permutations: 999; "
     "budgets: {parameters: null, macs: 1.5e+6, bytes: null, latency_ms: null}; device: cpu; seed: 0",
     "restructure": "when: always; budget: macs; target: 0.5; cap: 0.9; multiple: 1; fine_tune_steps: 0; "
-    "learning_rate: 1e-2; distil: true; curve: []; device: cuda; seed: 0",
+    "learning_rate: 1e-2; distil: true; level: true; curve: []; device: cuda; seed: 0",
     "readapt": "when: always; share: 0.2; guard: 3; learning_rate: 5e-3; epochs: 10; batch_size: 64; replay: 0; "
     "distil: 0; patience: 5; device: mps; seed: 0",
     "extend": "when: always; replay: 0.05; share: 0.7; width: 0.3; learning_rate: 5e-2; epochs: 3; batch_size: 64; "

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
+from nss.data import Dataset
 from nss.errors import RestructureError
 from nss.files import read_json, write_json
-from nss.model import load_model
+from nss.model import Classifier, load_model, model_digest
 from nss.size import count_macs, count_parameters
 from tasks import restructure as stage
 
@@ -77,3 +80,20 @@ def test_of_two_limits_of_latency_the_shorter_counts(
     )
     stage.run(group, small.workspace)
     assert asked == [expected]
+
+
+def test_levelling_is_asked_for_by_the_setting_and_said(small, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def level(model: Classifier, held_out: Dataset) -> dict[str, float]:
+        asked.append((model_digest(model), len(held_out)))
+        return {model.spec.classes[1]: 0.125}
+
+    monkeypatch.setattr(sys.modules["nss.restructure"], "level_classes", level)
+    made(small, "macs", None, when="always", level=False)
+    assert asked == []
+    made(small, "macs", None, when="always", level=True)
+    model = load_model(small.workspace.out("restructure") / "model")
+    assert [digest for digest, _ in asked] == [model_digest(model)]
+    why = small.read("restructure", "result.json")["why"]
+    assert why.endswith(f"; levelled, logits raised: {model.spec.classes[1]} by 0.125")
