@@ -41,7 +41,7 @@ from bench.peers import CAP, HALVINGS, PEERS, TOLERANCE, prune, taylor_gradients
 from nss.evaluate import Evaluation, evaluate
 from nss.finetune import fine_tune
 from nss.latency import random_pixels, time_calls
-from nss.level import FEWEST, STEP, STEPS, level_classes
+from nss.level import DIP, FEWEST, STEP, STEPS, level_classes
 from nss.model import Classifier, load_model, model_digest, save_model
 from nss.profile import Profile
 from nss.remove import remove
@@ -113,9 +113,9 @@ LEFT_OUT = (
 )
 COLUMNS = (
     "budget is the share of the multiply-adds asked for, macs what is left, params of the weights; lost_before and "
-    "accuracy_before: before any gradient step, accuracy: after fine-tuning, worst: of the worst class, level: classes "
-    "levelled afterwards; ahead: nss "
-    "less the best of torch-pruning in that very column; latencies in milliseconds for 64 images and for one."
+    "accuracy_before: before any gradient step, accuracy: after fine-tuning, worst: of the worst class, level: with "
+    "classes levelled afterwards; ahead: nss less the best of torch-pruning in that very column; latencies in "
+    "milliseconds for 64 images and for one."
 )
 
 
@@ -258,7 +258,7 @@ def _levelled(subject: _Subject, identity: Row, rows: Sequence[Row]) -> list[Row
         return [{"accuracy_level": found.accuracy, "worst_level": found.worst_accuracy}]
 
     # Not among the terms: rows that were kept before there was levelling lack these columns, and hold for the others.
-    how = {**identity, "level": [STEP, STEPS, FEWEST]}
+    how = {**identity, "level": [STEP, STEPS, DIP, FEWEST]}
     keys = [{**how, "weights": row["weights"]} for row in rows]
     found = [resumed("restructure-level", key, partial(measure, row)) for key, row in zip(keys, rows, strict=True)]
     return [{**row, **of} for row, (of,) in zip(rows, found, strict=True)]

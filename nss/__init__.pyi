@@ -70,6 +70,7 @@ from .size import count_macs as count_macs, count_parameters as count_parameters
 from .slice import SemanticSlice as SemanticSlice, SemanticSlices as SemanticSlices, semantic_slices as semantic_slices
 from .sliced import sliced as sliced
 from .statistics import retake_statistics as retake_statistics
+from .strides import sound_gradients as sound_gradients
 from .triage import Triage as Triage, TriageSettings as TriageSettings, triage as triage
 from .weight_masks import count_masked as count_masked
 from .weights import fill as fill

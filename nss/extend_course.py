@@ -19,6 +19,7 @@ from nss.model import Classifier, device_of
 from nss.predict import predict
 from nss.samples import Samples, joined
 from nss.steps import descend, passes_of, sgd
+from nss.strides import sound_gradients
 from nss.wiring import Columns, last_column
 
 _LOG = logging.getLogger(__name__)
@@ -92,7 +93,8 @@ def _with_memory(new: Samples, rows: Tensor, memory: Samples, generator: torch.G
 
 def _loss(model: Classifier, images: Tensor, labels: Tensor, known: int, replayed: bool) -> Tensor:
     network = cast(Columns, model.network)
-    logits, features = network.parts(model.normalise(images))
+    with sound_gradients(network):
+        logits, features = network.parts(model.normalise(images))
     if not replayed:
         return F.cross_entropy(logits[-1], labels - known)
     with torch.no_grad():

@@ -34,6 +34,7 @@ _LOG = logging.getLogger(__name__)
 BUDGETS = ("macs", "params", "latency_ms", "max_accuracy_drop")
 TRIALS = 6
 """halvings of the range of multiply-adds in search of a latency or an accuracy"""
+LEVELLED = "levelled"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Restructured:
     """what levelling added to the logit of each class that it raised"""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan and the report as plain numbers, lists and texts."""
+        """Return the plan, the report and the offsets as plain numbers, lists and texts."""
         rows = {"report": self.report, "curve": self.curve}
         points = {name: [asdict(each) for each in of] for name, of in rows.items()}
         return {"plan": self.plan.to_dict(), **points, "offsets": dict(self.offsets)}
@@ -100,10 +101,16 @@ class _Job:
                 _LOG.info("fine-tuning lost accuracy, %s to %s: not kept", refitted.accuracy, after.accuracy)
             else:
                 smaller, points = tuned, [*points, after]
-        offsets = level_classes(smaller, self.held_out) if self.level and self.held_out is not None else {}
+        offsets = self._level(smaller) if self.level else {}
         if offsets:
-            points.append(self.point("levelled", smaller))
+            points.append(self.point(LEVELLED, smaller))
         return Restructured(smaller, plan, tuple(points), offsets=offsets)
+
+    def _level(self, smaller: Classifier) -> dict[str, float]:
+        if self.held_out is None:
+            _LOG.warning("not levelled: there are no held-out images")
+            return {}
+        return level_classes(smaller, self.held_out)
 
     def _fine_tuned(self, smaller: Classifier) -> Classifier:
         tuned, teacher = copy.deepcopy(smaller), self.model if self.distil else None
@@ -158,7 +165,7 @@ def restructure(
     fine_tune_steps: gradient steps afterwards, of batches of 128, which are not kept where they make the model worse on
     the held-out images; distil: with the original as a teacher.
     level: raise the worst class in the end, as far as that costs no accuracy on the held-out images
-    (`level_classes`).
+    (`level_classes`); where there are none, nothing moves.
     curve: shares of the multiply-adds at which a refitted model is measured too; those below the cap are left out.
     Source: NeuSemSlice, arXiv 2407.20281, section 4 (keep the critical neurons, remove the rest); merging, refit and
     budgets are ours, docs/restructure.md. Raises RestructureError for none or several budgets, one that cannot be
@@ -185,8 +192,6 @@ def restructure(
     if fine_tune_steps:
         trainable(model.parameters())
     judged = val_part(data) if held_out is None else held_out
-    if level and judged is None:
-        raise RestructureError("there are no held-out images to level the classes on", fix="pass held_out")
     if profiled is None:
         profiled = profile(model, train_part(data), ("taylor",))
     planner = Planner(model, slices, data, profiled, cap=cap, multiple=multiple)
@@ -245,7 +250,9 @@ def _for_accuracy(planner: Planner, job: _Job, drop: float) -> Restructured:
 
     def good_enough(plan: RestructurePlan) -> bool:
         built[plan.macs] = job.build(plan)
-        return (built[plan.macs].report[-1].accuracy or 0.0) >= floor - SLACK
+        # Not the levelled one: its offsets were chosen by the very images that are judged on.
+        last = [point for point in built[plan.macs].report if point.name != LEVELLED][-1]
+        return (last.accuracy or 0.0) >= floor - SLACK
 
     found = _nearest(planner, good_enough, sure=1.0, unsure=planner.least)
     if found is None:

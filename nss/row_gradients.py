@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nss.strides import picked, skips
+
 # Convolution kernels work on blocks of channels: the weight gradient of 51 rows takes longer than that of 64.
 BLOCK = 16
 # With more rows or channels than this share, one kernel for all of them is faster than picking some out.
@@ -115,6 +117,8 @@ def _gradients(grad: Tensor, x: Tensor, weight: Tensor, how: How, wanted: list[b
 
 def _of_rows(grad: Tensor, x: Tensor, weight: Tensor, rows: Tensor, how: How) -> tuple[Tensor, Tensor]:
     """Gradients of some rows of the weight and of the bias, [rows, inputs / groups, ..] and [rows]."""
+    if skips(weight.shape[2:], how.stride, how.padding, weight.shape[1]):
+        x, how = picked(x, how.stride), replace(how, stride=[1] * len(how.stride))
     count, groups = len(weight), how.groups
     chosen = _filled(rows, count) if groups == 1 else rows
     if groups in (1, x.shape[1]) and len(chosen) <= MOST * count:

@@ -13,6 +13,7 @@ from nss.data import Data, train_part
 from nss.errors import ModelError, NssError
 from nss.model import network_of
 from nss.samples import rank_in_class, whole
+from nss.strides import sound_gradients
 from nss.told import within_task
 
 # An epoch of few samples has several passes: with fewer steps nothing is learned, nor brought back what went too far.
@@ -86,7 +87,8 @@ def training_logits(model: nn.Module, images: Tensor) -> Tensor:
 
     Some networks answer with the logits of auxiliary heads beside their own, in training mode only.
     """
-    answer = model(images)
+    with sound_gradients(model):
+        answer = model(images)
     if not isinstance(answer, Tensor):
         raise ModelError(
             f"{type(network_of(model)).__name__} answers a {type(answer).__name__} in training mode",

@@ -25,6 +25,7 @@ from nss.samples import spread
 from nss.sites import find_sites
 from nss.size import count_parameters
 from nss.slice import SemanticSlices
+from nss.strides import sound_gradients
 from nss.surgery import Layer
 from nss.told import tasks_apart, within_task
 from nss.weight_masks import release_masks
@@ -171,7 +172,8 @@ def _means(
     tasks, device = tasks_apart(model), device_of(model)
     sums = [torch.zeros_like(each.requires_grad_()) for each in entries]
     for batch, target in zip(images.split(BATCH), labels.split(BATCH), strict=True):
-        answers = within_task(model(batch.to(device)), target, tasks)
+        with sound_gradients(model):
+            answers = within_task(model(batch.to(device)), target, tasks)
         losses = F.cross_entropy(answers, target.to(device), reduction="none")
         found = torch.autograd.grad(losses @ counts[target].to(losses), entries, allow_unused=True)
         for total, gradient in zip(sums, found, strict=True):

@@ -110,12 +110,7 @@ def _write(folder: Path, found: Restructured, why: str) -> None:
     layers = [(name, len(each.kept), each.total) for name, each in found.plan.layers.items()]
     write_tables(folder, _TABLES, {"curve.csv": rows, "kept.csv": layers, "change.csv": _change(first, last)})
     write_json(folder / "metrics.json", _metrics(found.report))
-    write_json(folder / "result.json", {"done": True, "why": f"{why}{_levelled(found)}"})
-
-
-def _levelled(found: Restructured) -> str:
-    raised = ", ".join(f"{name} by {value:g}" for name, value in found.offsets.items())
-    return f"; levelled, logits raised: {raised}" if raised else ""
+    write_json(folder / "result.json", {"done": True, "why": why, "offsets": found.offsets})
 
 
 def _change(before: Point, after: Point) -> list[tuple[str, float, float]]:

@@ -12,6 +12,7 @@ from nss.files import read_json, write_json
 from nss.model import Classifier, load_model, model_digest
 from nss.size import count_macs, count_parameters
 from tasks import restructure as stage
+from tasks.batches import known_data
 
 NONE = {"parameters": None, "macs": None, "bytes": None, "latency_ms": None}
 
@@ -94,6 +95,12 @@ def test_levelling_is_asked_for_by_the_setting_and_said(small, monkeypatch: pyte
     assert asked == []
     made(small, "macs", None, when="always", level=True)
     model = load_model(small.workspace.out("restructure") / "model")
-    assert [digest for digest, _ in asked] == [model_digest(model)]
-    why = small.read("restructure", "result.json")["why"]
-    assert why.endswith(f"; levelled, logits raised: {model.spec.classes[1]} by 0.125")
+    held_out = len(known_data(small.workspace, model.spec.classes).split("val"))
+    assert asked == [(model_digest(model), held_out)]
+    assert small.read("restructure", "result.json")["offsets"] == {model.spec.classes[1]: 0.125}
+
+
+def test_what_cannot_be_levelled_does_not_end_the_cycle(small) -> None:
+    expected = made(small, "macs", None, when="always", level=False)
+    assert made(small, "macs", None, when="always", level=True) == expected
+    assert small.read("restructure", "result.json")["offsets"] == {}
