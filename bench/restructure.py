@@ -134,10 +134,11 @@ def run(settings: Settings) -> Report:
 
 
 def tables(summary: Sequence[Row]) -> list[Table]:
-    """Return what is shown of a summary."""
+    """Return what is shown of a summary. Rows from before there was levelling lack a whole table."""
     return [
         Table(f"restructuring against torch-pruning: {title}", (*BY, *columns), summary)
         for title, columns in SHOWN.items()
+        if any(row.get(name) is not None for row in summary for name in columns if name not in SIZES or title == "size")
     ]
 
 

@@ -86,3 +86,11 @@ def test_what_levelling_makes_of_a_saved_model_is_measured_once_and_stands_besid
     assert found == {**row, "accuracy_level": after.accuracy, "worst_level": after.worst_accuracy}
     monkeypatch.delattr(restructure, "load_model")
     assert restructure._levelled(of, {"seed": 0}, [row]) == [found]
+
+
+def test_a_table_that_no_row_has_figures_for_is_left_out() -> None:
+    row = {"macs": 0.5, "accuracy_before": 0.8, "accuracy": 0.9, "params": 0.5}
+    titles = [table.title.partition(": ")[2] for table in restructure.tables([row])]
+    assert titles == ["before any gradient step", "after fine-tuning", "size"]
+    titles = [table.title.partition(": ")[2] for table in restructure.tables([row | {"worst_level": 0.7}])]
+    assert titles == ["before any gradient step", "after fine-tuning", "after fine-tuning, levelled", "size"]
