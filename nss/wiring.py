@@ -21,6 +21,7 @@ from nss import operations as ops
 from nss.anatomy import Anatomy, dissect
 from nss.errors import ExtendError
 from nss.routing import Router
+from nss.strides import picked, skips
 from nss.surgery import Layer, filters_by_channel
 
 _SUMS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -160,8 +161,11 @@ def _in_two(layer: Layer, earlier: Tensor, own: Tensor) -> Tensor:
     columns, which are frozen, and the larger part.
     """
     run, weight = _SUMS[type(layer)], layer.weight
-    how = () if isinstance(layer, nn.Linear) else (layer.stride, layer.padding, layer.dilation)
+    how: tuple[Any, ...] = () if isinstance(layer, nn.Linear) else (layer.stride, layer.padding, layer.dilation)
     count = weight.shape[1] - own.shape[-1 if isinstance(layer, nn.Linear) else 1]
+    least = min(count, weight.shape[1] - count)
+    if not isinstance(layer, nn.Linear) and skips(layer.kernel_size, layer.stride, layer.padding, least):
+        earlier, own, how = picked(earlier, layer.stride), picked(own, layer.stride), ()
     made: Tensor = run(earlier, weight[:, :count], layer.bias, *how) + run(own, weight[:, count:], None, *how)
     return made
 

@@ -14,6 +14,7 @@ import nss
 from nss import strides
 from nss.freeze import freeze
 from nss.strides import BLOCK, picked, skips, sound_gradients
+from nss.wiring import _in_two
 
 LAST = torch.channels_last
 FEW = (1, 3, 5, 7, 8, 12, 15, 16, 27)
@@ -70,6 +71,19 @@ def test_gradients_of_free_rows_are_those_of_the_whole_layer(channels: int, rows
     assert found is not None
     assert wanted is not None
     torch.testing.assert_close(found.double().flatten(), wanted[mask].flatten(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels", FEW)
+@pytest.mark.parametrize("earlier", [2, 20])
+def test_a_new_column_reads_itself_and_the_earlier_ones_apart(channels: int, earlier: int) -> None:
+    both, to_output = maps(earlier + channels, 1), maps(10, 2, size=8)
+    layer = nn.Conv2d(earlier + channels, 10, 1, stride=2).to(memory_format=LAST)
+    parts = (part.contiguous(memory_format=LAST) for part in both.split([earlier, channels], 1))
+    y = _in_two(layer, *parts)
+    torch.testing.assert_close(y, layer(both), rtol=1e-4, atol=1e-4)
+    y.backward(to_output)
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(layer.weight.grad.double(), plainly(both, to_output, 2), rtol=1e-4, atol=1e-3)
 
 
 def test_only_what_the_kernels_get_wrong_is_run_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
