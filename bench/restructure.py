@@ -81,8 +81,13 @@ SIZES = ("macs", "params", "removed", "masked", "bytes", "latency_ms", "latency_
 BEFORE = ("accuracy_before", "lost_before", "worst_before")
 AFTER = ("accuracy", "worst_class", "original", "original_worst")
 LEVELLED = ("accuracy_level", "worst_level")
-AHEAD = {"ahead_before": "accuracy_before", "ahead": "accuracy", "worst_ahead": "worst_class"}
-AHEAD |= {"level_ahead": "accuracy_level", "worst_level_ahead": "worst_level"}
+AHEAD = {
+    "ahead_before": "accuracy_before",
+    "ahead": "accuracy",
+    "worst_ahead": "worst_class",
+    "level_ahead": "accuracy_level",
+    "worst_level_ahead": "worst_level",
+}
 SHOWN = {
     "before any gradient step": ("macs", *BEFORE, "ahead_before"),
     "after fine-tuning": ("macs", *AFTER, "ahead", "worst_ahead"),
@@ -134,11 +139,11 @@ def run(settings: Settings) -> Report:
 
 
 def tables(summary: Sequence[Row]) -> list[Table]:
-    """Return what is shown of a summary. Rows from before there was levelling lack a whole table."""
+    """Return what is shown of a summary. Rows from before levelling have nothing but `macs` for one table."""
     return [
         Table(f"restructuring against torch-pruning: {title}", (*BY, *columns), summary)
         for title, columns in SHOWN.items()
-        if any(row.get(name) is not None for row in summary for name in columns if name not in SIZES or title == "size")
+        if any(row.get(name) is not None for row in summary for name in columns[1:])
     ]
 
 

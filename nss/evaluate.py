@@ -77,13 +77,18 @@ def evaluate(
     """
     names = tuple(classes) if classes is not None else _classes_of(model)
     logits, labels = predict(model, data, batch_size)
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= len(names) or logits.shape[1] != len(names):
-        raise ModelError(
-            f"labels up to {high}, from {low}, and {logits.shape[1]} logits do not fit {len(names)} classes",
-            allowed=f"0 to {len(names) - 1}: {', '.join(names)}",
-        )
+    check_fit(logits, labels, names)
     return Evaluation(names, confusion_of(answers_of(logits), labels, len(names)))
+
+
+def check_fit(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+    """Raise ModelError unless logits [n, classes] and labels int64 [n] are of these classes."""
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= len(classes) or logits.shape[1] != len(classes):
+        raise ModelError(
+            f"labels up to {high}, from {low}, and {logits.shape[1]} logits do not fit {len(classes)} classes",
+            allowed=f"0 to {len(classes) - 1}: {', '.join(classes)}",
+        )
 
 
 def confusion_of(answers: Tensor, labels: Tensor, classes: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nss.anatomy import dissect, head_of
 from nss.data import Data
 from nss.errors import ModelError, SiteError, first_line
+from nss.evaluate import check_fit
 from nss.mask import ChannelMask
 from nss.model import Classifier
 from nss.predict import predict
@@ -48,9 +49,7 @@ def level_classes(model: Classifier, held_out: Data, *, least: int = FEWEST) -> 
         return _unmoved(why)
     logits, labels = predict(model, held_out)
     classes = model.spec.classes
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= len(classes):
-        raise ModelError(f"labels from {low} to {high}", allowed=f"0 to {len(classes) - 1}: one a class")
+    check_fit(logits, labels, classes)
     counts = torch.bincount(labels, minlength=len(classes))
     if int(counts.min()) < least:
         rarest = int(counts.argmin())
@@ -58,13 +57,13 @@ def level_classes(model: Classifier, held_out: Data, *, least: int = FEWEST) -> 
     before = bias.detach().clone()
     with torch.no_grad():
         bias.add_(level_offsets(logits, labels).to(bias))
-    # The bias may have rounded what was found: what counts is what the model answers now.
-    if not _gained(logits, predict(model, held_out)[0], labels):
+    # The bias may have rounded what was found. Read again, the images might come in another order, or not at all.
+    added = bias.detach().double().cpu() - before.double().cpu()
+    if not _gained(logits, (logits.double() + added).to(logits.dtype), labels):
         with torch.no_grad():
             bias.copy_(before)
         return _unmoved("no offset raises the worst class at the same accuracy")
-    added = (bias.detach().double() - before.double()).tolist()
-    return {name: value for name, value in zip(classes, added, strict=True) if value}
+    return {name: value for name, value in zip(classes, added.tolist(), strict=True) if value}
 
 
 def level_offsets(logits: Tensor, labels: Tensor) -> Tensor:

@@ -191,10 +191,10 @@ def restructure(
         )
     if fine_tune_steps:
         trainable(model.parameters())
-    judged = val_part(data) if held_out is None else held_out
     if profiled is None:
         profiled = profile(model, train_part(data), ("taylor",))
     planner = Planner(model, slices, data, profiled, cap=cap, multiple=multiple)
+    judged = val_part(data) if held_out is None else held_out
     job = _Job(model, data, profiled, judged, seed, fine_tune_steps, learning_rate, distil, level)
     if latency_ms is not None:
         found = job.build(_for_latency(planner, latency_ms))

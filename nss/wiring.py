@@ -160,12 +160,13 @@ def _in_two(layer: Layer, earlier: Tensor, own: Tensor) -> Tensor:
     Backwards it would compute the gradient of all that it has read, also where nobody asks for it: of the earlier
     columns, which are frozen, and the larger part.
     """
-    run, weight = _SUMS[type(layer)], layer.weight
-    how: tuple[Any, ...] = () if isinstance(layer, nn.Linear) else (layer.stride, layer.padding, layer.dilation)
-    count = weight.shape[1] - own.shape[-1 if isinstance(layer, nn.Linear) else 1]
-    least = min(count, weight.shape[1] - count)
-    if not isinstance(layer, nn.Linear) and skips(layer.kernel_size, layer.stride, layer.padding, least):
-        earlier, own, how = picked(earlier, layer.stride), picked(own, layer.stride), ()
+    run, weight, how = _SUMS[type(layer)], layer.weight, cast("tuple[Any, ...]", ())
+    count = earlier.shape[-1 if isinstance(layer, nn.Linear) else 1]
+    if not isinstance(layer, nn.Linear):
+        if skips(layer.kernel_size, layer.stride, layer.padding, min(count, own.shape[1])):
+            earlier, own = picked(earlier, layer.stride), picked(own, layer.stride)
+        else:
+            how = layer.stride, layer.padding, layer.dilation
     made: Tensor = run(earlier, weight[:, :count], layer.bias, *how) + run(own, weight[:, count:], None, *how)
     return made
 

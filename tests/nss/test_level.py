@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import nss
 from nss.errors import ModelError
@@ -131,7 +132,8 @@ class Lopsided(nn.Module):
         self.head = nn.Linear(8, num_classes, bias=bias)
         with torch.no_grad():
             self.conv.weight.copy_(torch.tensor([1.0, 0.0]).view(2, 1, 1, 1))
-            self.conv.bias.zero_()  # type: ignore[union-attr]
+            assert self.conv.bias is not None
+            self.conv.bias.zero_()
             self.head.weight.zero_()
             self.head.weight[0, 0] = self.head.weight[1, 1] = 1.0
             if bias:
@@ -154,7 +156,6 @@ class Twice(Lopsided):
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.conv(images).relu().flatten(1)
-        self.head(features)
         logits: Tensor = self.head(features + self.head(features).mean())
         return logits
 
@@ -235,10 +236,10 @@ def test_nothing_to_gain_is_said(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_unknown_labels_are_refused() -> None:
     images, labels = held_out()[0]
-    for moved, said in ((labels + 1, "labels from 1 to 2"), (labels - 1, "labels from -1 to 0")):
+    for moved, said in ((labels + 1, "labels up to 2, from 1,"), (labels - 1, "labels up to 0, from -1,")):
         with pytest.raises(ModelError, match=said) as caught:
             nss.level_classes(built(), [(images, moved)])
-        assert caught.value.allowed == "0 to 1: one a class"
+        assert caught.value.allowed == "0 to 1: a, b"
 
 
 def test_what_is_no_model_of_nss_is_refused_and_so_is_a_view_of_another() -> None:
@@ -257,10 +258,24 @@ def test_what_is_no_model_of_nss_is_refused_and_so_is_a_view_of_another() -> Non
         nss.level_classes(shared, held_out())
 
 
+def test_images_may_come_once_only_and_in_another_order_each_time() -> None:
+    images, labels = held_out()[0]
+    once, shuffled = built(), built()
+    wanted = nss.level_classes(built(), [(images, labels)])
+    assert wanted
+    assert nss.level_classes(once, iter([(images, labels)])) == wanted
+    loader = DataLoader(TensorDataset(images, labels), batch_size=20, shuffle=True)
+    assert nss.level_classes(shuffled, loader) == wanted
+
+
+def known(model: Classifier, images: Images) -> tuple[nss.SemanticSlices, nss.Profile]:
+    found = nss.profile(model, images, ("taylor",))
+    return nss.semantic_slices(nss.critical_neurons(found, "taylor"), found), found
+
+
 def test_levelling_can_be_told_to_restructure() -> None:
     model, images = built(), held_out()
-    found = nss.profile(model, images, ("taylor",))
-    slices = nss.semantic_slices(nss.critical_neurons(found, "taylor"), found)
+    slices, found = known(model, images)
     smaller = nss.restructure(model, slices, images, found, params=0.9, held_out=images, level=True)
     assert [point.name for point in smaller.report] == ["original", "refitted", "levelled"]
     refitted, levelled = smaller.report[1:]
@@ -279,8 +294,7 @@ def ruined(model: Classifier, _: object) -> dict[str, float]:
 def test_a_budget_of_accuracy_is_judged_before_levelling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Offsets are chosen by the very images that are judged on."""
     model, images = built(), held_out()
-    found = nss.profile(model, images, ("taylor",))
-    slices = nss.semantic_slices(nss.critical_neurons(found, "taylor"), found)
+    slices, found = known(model, images)
     module = sys.modules["nss.restructure"]
     budget: Any = {"max_accuracy_drop": 0.0, "held_out": images}
     plain = nss.restructure(model, slices, images, found, **budget)
@@ -294,8 +308,7 @@ def test_levelling_comes_after_fine_tuning_and_without_held_out_images_nothing_m
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model, images = built(), held_out()
-    found = nss.profile(model, images, ("taylor",))
-    slices = nss.semantic_slices(nss.critical_neurons(found, "taylor"), found)
+    slices, found = known(model, images)
     tuned: Any = {"params": 0.9, "fine_tune_steps": 1, "learning_rate": 1e-9, "level": True}
     smaller = nss.restructure(model, slices, images, found, held_out=images, **tuned)
     assert [point.name for point in smaller.report] == ["original", "refitted", "fine-tuned", "levelled"]
